@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Judge decoding for Hugging Face models. Importing this teaches `generate` the argument `judge`."""
+
+from .configuration import JudgeConfig
+from .evaluation import evaluate_judge
+from .generation import JudgeDecoderOnlyOutput, install_judge_argument, judge_decoding
+from .mining import mine_mismatches
+from .modeling import AutoJudge, Judge, LinearJudge, TopKJudge
+from .trainer import JudgeTrainer
+from .training_args import JudgeTrainingArguments
+
+
+__all__ = [
+    "AutoJudge",
+    "Judge",
+    "JudgeConfig",
+    "JudgeDecoderOnlyOutput",
+    "JudgeTrainer",
+    "JudgeTrainingArguments",
+    "LinearJudge",
+    "TopKJudge",
+    "evaluate_judge",
+    "judge_decoding",
+    "mine_mismatches",
+]
+__version__ = "0.1.0"
+
+install_judge_argument()

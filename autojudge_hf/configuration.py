@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`JudgeConfig`: everything about a judge that isn't a weight."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import PurePath
+from typing import Any
+
+
+STATE_POSITIONS = ("candidate", "previous")
+DEFAULT_THRESHOLDS = {"linear": 0.5, "top_k": 0.6}
+
+# How a response was decoded, as far as it changes which candidates are mismatches, with the values of plain greedy
+# decoding. A judge records the settings it was mined under; decoding compares its own with them.
+GREEDY_SETTINGS: dict[str, Any] = {
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": None,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+_SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+
+
+def decoding_settings(generation_config: Any) -> dict[str, Any]:
+    """The part of a `GenerationConfig` that decides which candidates are mismatches.
+
+    What only matters for sampling is neutral under greedy decoding, and a value of `None` means "off".
+    """
+    settings = {}
+    for name, neutral in GREEDY_SETTINGS.items():
+        value = getattr(generation_config, name, None)
+        settings[name] = neutral if value is None else value
+    if not settings["do_sample"]:
+        settings.update({name: GREEDY_SETTINGS[name] for name in _SAMPLING_ONLY})
+    return settings
+
+
+def public_name(name_or_path: str | None) -> str | None:
+    """A model's Hub id, or the last part of a local path: no machine's folders are written into a judge."""
+    if not name_or_path:
+        return None
+    path = PurePath(name_or_path)
+    is_hub_id = not path.is_absolute() and len(path.parts) <= 2 and not name_or_path.startswith((".", "~"))
+    return name_or_path if is_hub_id else path.name
+
+
+@dataclass
+class JudgeConfig:
+    """Configuration of a judge.
+
+    Args:
+        judge_type (`str`, *optional*, defaults to `"linear"`):
+            Which judge: `"linear"` (learned) or `"top_k"` (training-free).
+        hidden_size (`int`, *optional*):
+            Width of the target's last hidden state, in floats; `None` if the judge doesn't read it.
+        assistant_hidden_size (`int`, *optional*):
+            Width of the assistant's last hidden state; `None` (the default) if the judge doesn't read it.
+        state_position (`str`, *optional*, defaults to `"candidate"`):
+            `"candidate"`: the state that encodes the candidate; `"previous"`: the state that predicted it
+            (AutoJudge, arXiv 2504.20039, ablation of the token's position).
+        threshold (`float`, *optional*):
+            A mismatch is accepted when its importance score, in [0, 1], is below. Defaults to 0.5 (linear) or 0.6
+            (top_k: the target's two best tokens).
+        base_model_name_or_path, base_model_revision (`str`, *optional*):
+            The target, by Hub id or base name, and its commit.
+        assistant_model_name_or_path, assistant_model_revision (`str`, *optional*):
+            The assistant, likewise.
+        decoding_settings (`dict`, *optional*):
+            The settings the mismatches were mined under. Defaults to plain greedy decoding.
+        task (`str`, *optional*):
+            Name of the task the judge was mined on. A judge doesn't transfer to another one.
+
+    Raises:
+        ValueError: for a value outside its range or type, or an unknown field.
+    """
+
+    judge_type: str = "linear"
+    hidden_size: int | None = None
+    assistant_hidden_size: int | None = None
+    state_position: str = "candidate"
+    threshold: float | None = None
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    assistant_model_name_or_path: str | None = None
+    assistant_model_revision: str | None = None
+    decoding_settings: dict[str, Any] = field(default_factory=lambda: dict(GREEDY_SETTINGS))
+    task: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "assistant_hidden_size"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"`{name}` must be a positive int or None, got {value!r}.")
+        if self.state_position not in STATE_POSITIONS:
+            raise ValueError(f"`state_position` must be one of {list(STATE_POSITIONS)}, got {self.state_position!r}.")
+        if self.threshold is None:
+            self.threshold = DEFAULT_THRESHOLDS.get(self.judge_type, 0.5)
+        self.threshold = checked_threshold(self.threshold, "threshold")
+        if not isinstance(self.decoding_settings, dict):
+            raise ValueError(f"`decoding_settings` must be a dict, got {type(self.decoding_settings).__name__}.")
+        for name in ("judge_type", "base_model_name_or_path", "assistant_model_name_or_path", "task"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"`{name}` must be a string, got {type(value).__name__}.")
+        self.base_model_name_or_path = public_name(self.base_model_name_or_path)
+        self.assistant_model_name_or_path = public_name(self.assistant_model_name_or_path)
+
+    @property
+    def num_features(self) -> int:
+        """Floats a mismatch is judged by: the assistant's state, then the target's."""
+        return (self.assistant_hidden_size or 0) + (self.hidden_size or 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> JudgeConfig:
+        if not isinstance(values, dict) or "judge_type" not in values:
+            raise ValueError(
+                "This config.json isn't a judge's: it has no `judge_type`. Expected a file that a judge's "
+                "`save_pretrained` wrote."
+            )
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"The judge's config has fields that this version of autojudge_hf doesn't know: {unknown}. "
+                "Install a newer version: pip install --upgrade autojudge_hf"
+            )
+        return cls(**values)
+
+
+def checked_threshold(value: Any, name: str) -> float:
+    """`value` as a float in [0, 1]; a `ValueError` that names `name` otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+        raise ValueError(f"`{name}` must be a number in [0, 1] (0 accepts no mismatch, 1 all of them), got {value!r}.")
+    return float(value)

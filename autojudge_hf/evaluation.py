@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a judge costs in accuracy and gains in speed, measured by decoding."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from .generation import judge_decoding
+from .modeling import Judge
+from .tasks import Task
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def evaluate_judge(
+    model: PreTrainedModel,
+    assistant_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Iterable[Mapping[str, Any]],
+    task: Task,
+    judge: Judge,
+    *,
+    thresholds: Sequence[float],
+    num_assistant_tokens: int | None = None,
+    max_new_tokens: int,
+    batch_size: int = 1,
+) -> list[dict[str, Any]]:
+    """Greedy decoding of a dataset, lossless and at each threshold.
+
+    Args:
+        model, assistant_model, tokenizer, dataset, task: as in `mine_mismatches`; `task.is_correct` grades.
+        judge (`Judge`): the judge to measure.
+        thresholds (`Sequence[float]`): values of `judge_threshold`.
+        num_assistant_tokens (`int`, *optional*): candidates per cycle, the lossless row's included.
+        max_new_tokens (`int`): limit of a response, in tokens.
+        batch_size (`int`, *optional*, defaults to 1): prompts decoded at once.
+
+    Returns:
+        `list[dict]`: the lossless row, then one per threshold, with `threshold` (`None`: lossless), `accuracy`,
+        `tokens_per_cycle`, `tokens_per_second`, `mean_response_length` (tokens) and `correct` (one bool per example,
+        for paired comparisons).
+    """
+    examples = list(dataset)
+    measure = functools.partial(
+        measure_decoding, model, tokenizer, examples, task, max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
+    shared = {"assistant_model": assistant_model, "do_sample": False, "return_dict_in_generate": True}
+    lossless = functools.partial(
+        judge_decoding, assistant_model=assistant_model, num_assistant_tokens=num_assistant_tokens
+    )
+    rows = [{"threshold": None, **measure("lossless", custom_generate=lossless, **shared)}]
+    for threshold in thresholds:
+        options = {"judge": judge, "judge_threshold": threshold, "num_assistant_tokens": num_assistant_tokens}
+        rows.append({"threshold": threshold, **measure(f"threshold {threshold:.3g}", **options, **shared)})
+    return rows
+
+
+def measure_decoding(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Mapping[str, Any]],
+    task: Task,
+    description: str,
+    *,
+    max_new_tokens: int,
+    batch_size: int = 1,
+    **generate_kwargs: Any,
+) -> dict[str, Any]:
+    """Decodes every example with `model.generate(**generate_kwargs)`, grades, and takes the time.
+
+    The first batch is decoded once before the clock starts. Tokens per cycle are new tokens per target forward; the
+    counts come from the output where it has them (then the prefill and its token aren't counted), otherwise from the
+    model's calls.
+
+    Returns:
+        `dict`: `accuracy`, `tokens_per_cycle`, `tokens_per_second`, `mean_response_length`, `correct`, `texts`.
+    """
+    texts, num_tokens, num_forwards, seconds = [], 0, 0, 0.0
+    batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+    decode = functools.partial(_decode, model, max_new_tokens=max_new_tokens, **generate_kwargs)
+    for number, batch in enumerate(tqdm(batches, desc=description, unit="batch")):
+        prompts = [task.prompt(example, tokenizer) for example in batch]
+        inputs = tokenizer(
+            prompts, return_tensors="pt", padding=batch_size > 1, padding_side="left", add_special_tokens=False
+        ).to(model.device)
+        if number == 0:
+            decode(inputs)
+        _synchronize(model)
+        started = time.perf_counter()
+        sequences, forwards, free_tokens = decode(inputs)
+        _synchronize(model)
+        seconds += time.perf_counter() - started
+        for sequence in sequences:
+            response = _trimmed(sequence[inputs["input_ids"].shape[1] :], model.generation_config.eos_token_id)
+            num_tokens += len(response) - free_tokens
+            texts.append(tokenizer.decode(response, skip_special_tokens=True))
+        num_forwards += forwards
+    answers = task.extract_answers(examples, texts)
+    correct = [task.is_correct(example, answer) for example, answer in zip(examples, answers)]
+    all_tokens = num_tokens + (len(examples) if free_tokens else 0)
+    return {
+        "accuracy": float(np.mean(correct)),
+        "tokens_per_cycle": num_tokens / max(1, num_forwards),
+        "tokens_per_second": all_tokens / seconds,
+        "mean_response_length": all_tokens / len(examples),
+        "correct": correct,
+        "texts": texts,
+    }
+
+
+def paired_interval(
+    first: Sequence[bool], second: Sequence[bool], *, num_samples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % bootstrap interval of `mean(first) - mean(second)` over the same examples."""
+    difference = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    rng = np.random.default_rng(seed)
+    # The mean of a bootstrap sample only depends on how often each value is drawn.
+    values, counts = np.unique(difference, return_counts=True)
+    draws = rng.multinomial(len(difference), counts / len(difference), size=num_samples)
+    low, high = np.quantile(draws @ values / len(difference), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _decode(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], **kwargs: Any) -> tuple[Any, int, int]:
+    """Sequences, target forwards, and how many tokens of each row no counted forward committed."""
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    hook = model.register_forward_pre_hook(count)
+    try:
+        output = model.generate(**inputs, **kwargs)
+    finally:
+        hook.remove()
+    sequences = output if isinstance(output, torch.Tensor) else output.sequences
+    counted = getattr(output, "num_target_forwards", None)
+    if counted is None:
+        return sequences.tolist(), calls * len(sequences), 0
+    return sequences.tolist(), int(counted.sum()), 1
+
+
+def _trimmed(response: list[int], eos_token_id: int | list[int] | None) -> list[int]:
+    """Without the padding behind the first EOS token."""
+    eos = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
+    ends = [i for i, token in enumerate(response) if token in eos]
+    return response[: ends[0] + 1] if ends else response
+
+
+def _synchronize(model: PreTrainedModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)

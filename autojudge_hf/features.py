@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a judge sees of a candidate. Mining and decoding both call `judge_inputs`, so that they can't differ."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class JudgeInputs(NamedTuple):
+    """All that verification knows of k candidates in b rows.
+
+    Attributes:
+        candidate_ids (`torch.LongTensor` of shape `(b, k)`).
+        target_logits (`torch.FloatTensor` of shape `(b, k, v)`): the target's processed logits for each candidate's
+            position.
+        features (`torch.FloatTensor` of shape `(b, k, f)`): hidden states in fp32, the assistant's first, then the
+            target's; `f` is `JudgeConfig.num_features`, and 0 for a judge that reads none.
+    """
+
+    candidate_ids: torch.Tensor
+    target_logits: torch.Tensor
+    features: torch.Tensor
+
+
+def judge_inputs(
+    candidate_ids: torch.Tensor,
+    target_logits: torch.Tensor,
+    target_states: torch.Tensor | None,
+    assistant_states: torch.Tensor | None,
+    state_position: str,
+) -> JudgeInputs:
+    """Selects and joins what belongs to each candidate.
+
+    Args:
+        candidate_ids (`torch.LongTensor` of shape `(b, k)`).
+        target_logits (`torch.FloatTensor` of shape `(b, k + 1, v)`): logits after the last committed token and
+            after each candidate.
+        target_states (`torch.FloatTensor` of shape `(b, k + 1, h)`, *optional*): the target's last hidden states at
+            the same positions.
+        assistant_states (`torch.FloatTensor` of shape `(b, k + 1, h_a)`, *optional*): the assistant's.
+        state_position (`str`): `"candidate"` takes the states that encode the candidates (the last k positions),
+            `"previous"` those that predicted them (the first k).
+    """
+    k = candidate_ids.shape[1]
+    at = slice(1, k + 1) if state_position == "candidate" else slice(0, k)
+    device = candidate_ids.device
+    states = [s[:, at].to(device, torch.float32) for s in (assistant_states, target_states) if s is not None]
+    empty = torch.empty(*candidate_ids.shape, 0, device=device)
+    return JudgeInputs(candidate_ids, target_logits[:, :k], torch.cat([empty, *states], dim=-1))

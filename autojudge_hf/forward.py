@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One pass of a model over tokens that follow a cached prefix: the only place that calls a model."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+
+
+@functools.lru_cache
+def _forward_parameters(model_class: type) -> frozenset[str]:
+    return frozenset(inspect.signature(model_class.forward).parameters)
+
+
+def cached_forward(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    cache: Cache,
+    attention_mask: torch.Tensor | None = None,
+    num_logits: int = 1,
+    output_hidden_states: bool = False,
+) -> Any:
+    """Runs `tokens` through `model` behind what `cache` holds, which then holds them too.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(b, n)`): the new tokens.
+        cache (`Cache`): keys and values of the prefix; extended in place.
+        attention_mask (`torch.LongTensor` of shape `(b, prefix + n)`, *optional*): 0 at padding. `None`: no padding.
+        num_logits (`int`): how many last positions get logits; 0 for all of them.
+
+    Returns:
+        `CausalLMOutputWithPast`. Its `logits` and `hidden_states` may cover more positions than `num_logits` (not
+        every model can skip): index from the end.
+    """
+    accepted = _forward_parameters(type(model))
+    inputs: dict[str, Any] = {"input_ids": tokens.to(model.device), "past_key_values": cache, "use_cache": True}
+    if attention_mask is not None:
+        inputs["attention_mask"] = attention_mask.to(model.device)
+        if "position_ids" in accepted:
+            positions = (inputs["attention_mask"].long().cumsum(dim=-1) - 1).clamp(min=0)
+            inputs["position_ids"] = positions[:, -tokens.shape[1] :]
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = num_logits
+    return model(**inputs, output_hidden_states=output_hidden_states, return_dict=True)
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """The longest sequence the model has positions for, or `None` where its config doesn't say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def vocab_size(model: PreTrainedModel) -> int:
+    return model.config.get_text_config(decoder=True).vocab_size
+
+
+def hidden_size(model: PreTrainedModel) -> int:
+    """Width of the last hidden state: what the output embeddings read."""
+    return model.config.get_text_config(decoder=True).hidden_size

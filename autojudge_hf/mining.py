@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mining: finds the mismatches between two models and which of them are important (semi-greedy search)."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Generator, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import Cache, DynamicCache
+
+from .configuration import GREEDY_SETTINGS, STATE_POSITIONS, public_name
+from .features import judge_inputs
+from .forward import cached_forward, hidden_size, max_positions, vocab_size
+from .generation import judge_decoding
+
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .tasks import Task
+
+
+logger = logging.getLogger(__name__)
+SETTINGS_NAME = "settings.json"
+
+
+def mine_mismatches(
+    model: PreTrainedModel,
+    assistant_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Iterable[Mapping[str, Any]],
+    task: Task,
+    *,
+    max_new_tokens: int,
+    batch_size: int = 1,
+    output_dir: str | Path | None = None,
+    num_assistant_tokens: int | None = None,
+    state_position: str = "candidate",
+    assistant_states: bool = False,
+) -> datasets.Dataset:
+    """Runs the semi-greedy search (AutoJudge, arXiv 2504.20039, algorithm 1) on every example.
+
+    Start from the target's greedy response. At the earliest position where the assistant would have written another
+    token, put that token and let the target continue. If the new answer is equivalent to the target's own, the
+    mismatch is unimportant and the search goes on from the new response; otherwise it is important and the target's
+    token stays. Only positions to the right of the last decision are looked at again.
+
+    Both models decode greedily, whatever their generation configs say; EOS ids are the target's.
+
+    Args:
+        model, assistant_model (`PreTrainedModel`): the target and the assistant.
+        tokenizer (`PreTrainedTokenizerBase`): theirs.
+        dataset (iterable of mappings): the task's examples.
+        task (`Task`): prompts, answers, equivalence.
+        max_new_tokens (`int`): limit of the whole response, in tokens.
+        batch_size (`int`, *optional*, defaults to 1): examples in flight at once, whose answers are extracted
+            together. The result doesn't depend on it.
+        output_dir (`str` or `Path`, *optional*): where finished examples are kept. The same call with the same
+            folder goes on after an interruption.
+        num_assistant_tokens (`int`, *optional*): draft length of the (lossless) decoding; changes only the speed.
+        state_position (`str`, *optional*, defaults to `"candidate"`): see `JudgeConfig`.
+        assistant_states (`bool`, *optional*, defaults to `False`): put the assistant's state in front of the
+            target's.
+
+    Returns:
+        `datasets.Dataset`: a row a mismatch, in the order of examples and positions, with the columns `example_id`,
+        `input_ids` (prompt and response before the mismatch), `prompt_length`, `position` (absolute: the length of
+        `input_ids`), `candidate_token_id`, `target_token_id`, `candidate_token`, `target_token`, `label` (1:
+        important), `features` (float32), and the constant `pair`, JSON that says what was mined and how.
+
+    Raises:
+        ValueError: for a prompt that leaves no room in a model's context, and for an `output_dir` that isn't empty
+            and wasn't written under the same settings.
+    """
+    if state_position not in STATE_POSITIONS:
+        raise ValueError(f"`state_position` must be one of {list(STATE_POSITIONS)}, got {state_position!r}.")
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must be an int of at least 1, got {value!r}.")
+    examples = list(dataset)
+    searcher = _Searcher(
+        model, assistant_model, tokenizer, task, max_new_tokens, num_assistant_tokens, state_position, assistant_states
+    )
+    prompts = [searcher.prompt_ids(i, example) for i, example in enumerate(examples)]
+    pair = searcher.pair()
+    store = _Store(output_dir, pair, max_new_tokens)
+    rows: dict[int, list[dict[str, Any]]] = store.load()
+    waiting = [i for i in range(len(examples)) if i not in rows]
+
+    with tqdm(total=len(examples), initial=len(rows), desc="mining", unit="problem") as progress:
+        labels = [row["label"] for found in rows.values() for row in found]
+        num_mismatches, num_important, num_skipped = len(labels), sum(labels), 0
+        searches: dict[int, Generator] = {}
+        requests: dict[int, str] = {}
+        while waiting or searches:
+            while waiting and len(searches) < batch_size:
+                i = waiting.pop(0)
+                searches[i] = searcher.search(i, prompts[i])
+                requests[i] = next(searches[i])
+            order = sorted(requests)
+            answers = task.extract_answers([examples[i] for i in order], [requests[i] for i in order])
+            for i, answer in zip(order, answers):
+                try:
+                    requests[i] = searches[i].send(answer)
+                except StopIteration as finished:
+                    rows[i] = finished.value or []
+                    store.save(i, rows[i])
+                    del searches[i], requests[i]
+                    num_skipped += finished.value is None
+                    num_mismatches += len(rows[i])
+                    num_important += sum(row["label"] for row in rows[i])
+                    share = num_important / max(1, num_mismatches)
+                    progress.set_postfix(mismatches=num_mismatches, important=f"{share:.1%}", skipped=num_skipped)
+                    progress.update()
+    if num_skipped:
+        logger.warning(f"{num_skipped} of {len(examples)} examples were skipped: the target's response has no answer.")
+    return _to_dataset([row for i in sorted(rows) for row in rows[i]], pair)
+
+
+class _Searcher:
+    """The search on one example at a time, over one pair of models."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        assistant_model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        max_new_tokens: int,
+        num_assistant_tokens: int | None,
+        state_position: str,
+        assistant_states: bool,
+    ):
+        self.model, self.assistant_model = model, assistant_model
+        self.tokenizer, self.task = tokenizer, task
+        self.max_new_tokens = max_new_tokens
+        self.state_position, self.assistant_states = state_position, assistant_states
+        self.vocab_size = min(vocab_size(model), vocab_size(assistant_model))
+        self.decode = functools.partial(
+            judge_decoding, assistant_model=assistant_model, num_assistant_tokens=num_assistant_tokens
+        )
+
+    def pair(self) -> dict[str, Any]:
+        """What a judge has to know of where its data come from."""
+        described = {
+            role: {
+                "name": public_name(model.config.name_or_path),
+                "revision": getattr(model.config, "_commit_hash", None),
+                "hidden_size": hidden_size(model),
+                "dtype": str(model.dtype).removeprefix("torch."),
+            }
+            for role, model in (("target", self.model), ("assistant", self.assistant_model))
+        }
+        layout = {
+            "state_position": self.state_position,
+            "hidden_size": hidden_size(self.model),
+            "assistant_hidden_size": hidden_size(self.assistant_model) if self.assistant_states else None,
+        }
+        return {**described, "features": layout, "decoding_settings": GREEDY_SETTINGS, "task": self.task.name}
+
+    def prompt_ids(self, example_id: int, example: Mapping[str, Any]) -> list[int]:
+        ids = self.tokenizer.encode(self.task.prompt(example, self.tokenizer), add_special_tokens=False)
+        for model in (self.model, self.assistant_model):
+            limit = max_positions(model)
+            if limit is not None and len(ids) + self.max_new_tokens > limit:
+                raise ValueError(
+                    f"Example {example_id}: its prompt of {len(ids)} tokens and {self.max_new_tokens} new ones exceed "
+                    f"the {limit} positions of {public_name(model.config.name_or_path)}. Lower `max_new_tokens` or "
+                    "leave the example out."
+                )
+        return ids
+
+    def search(self, example_id: int, prompt: list[int]) -> Generator[str, Any, list[dict[str, Any]] | None]:
+        """Algorithm 1. Yields responses as text, is sent their answers; returns the rows, `None` if skipped."""
+        target = _Prefix(self.model, self.vocab_size)
+        assistant = _Prefix(self.assistant_model, self.vocab_size)
+        sequence = self._continue(prompt, len(prompt), target)
+        reference = yield self._text(sequence, prompt)
+        if reference is None:
+            return None
+        rows = []
+        position = len(prompt)
+        while (found := assistant.first_difference(sequence, position)) is not None:
+            position, candidate = found
+            trial, features = self._try(sequence[:position], candidate, len(prompt), target, assistant)
+            answer = yield self._text(trial, prompt)
+            important = not self.task.equivalent(answer, reference)
+            rows.append(
+                {
+                    "example_id": example_id,
+                    "input_ids": sequence[:position],
+                    "prompt_length": len(prompt),
+                    "position": position,
+                    "candidate_token_id": candidate,
+                    "target_token_id": sequence[position],
+                    "candidate_token": self.tokenizer.decode([candidate]),
+                    "target_token": self.tokenizer.decode([sequence[position]]),
+                    "label": int(important),
+                    "features": features,
+                }
+            )
+            if not important:
+                sequence = trial
+            position += 1
+        return rows
+
+    def _text(self, sequence: list[int], prompt: list[int]) -> str:
+        return self.tokenizer.decode(sequence[len(prompt) :], skip_special_tokens=True)
+
+    def _try(
+        self, prefix: list[int], candidate: int, prompt_length: int, target: _Prefix, assistant: _Prefix
+    ) -> tuple[list[int], list[float]]:
+        """The response with `candidate` after `prefix`, and what a judge sees of that candidate."""
+        sequence = [*prefix, candidate]
+        # One pass over the last committed token and the candidate, as in a verification cycle.
+        outputs = target.run(sequence, num_last=2, output_hidden_states=True)
+        states = None
+        if self.assistant_states:
+            states = assistant.run(sequence, num_last=2, output_hidden_states=True).hidden_states[-1][:, -2:]
+        inputs = judge_inputs(
+            torch.tensor([[candidate]], device=self.model.device),
+            outputs.logits[:, -2:],
+            outputs.hidden_states[-1][:, -2:],
+            states,
+            self.state_position,
+        )
+        return self._continue(sequence, prompt_length, target), inputs.features[0, 0].tolist()
+
+    def _continue(self, sequence: list[int], prompt_length: int, target: _Prefix) -> list[int]:
+        """The target's greedy continuation, written by the lossless loop on the cached prefix."""
+        eos = self.model.generation_config.eos_token_id
+        eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        room = prompt_length + self.max_new_tokens - len(sequence)
+        if room == 0 or (len(sequence) > prompt_length and sequence[-1] in eos_ids):
+            return sequence
+        target.rewind(sequence, num_last=1)
+        input_ids = torch.tensor([sequence], device=self.model.device)
+        output = self.model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            assistant_model=self.assistant_model,
+            custom_generate=self.decode,
+            past_key_values=target.cache,
+            max_new_tokens=room,
+            **_PLAIN_GREEDY,
+        )
+        target.tokens = output[0].tolist()[:-1]
+        return output[0].tolist()
+
+
+# Overrides whatever a model's generation config turns on. `None` removes a logits processor.
+_PLAIN_GREEDY = {**GREEDY_SETTINGS, "top_k": 50, "num_beams": 1, "return_dict_in_generate": False}
+
+
+class _Prefix:
+    """A model's cache together with the tokens in it, so that only what changed is computed again."""
+
+    def __init__(self, model: PreTrainedModel, vocab_size: int):
+        self.model = model
+        self.vocab_size = vocab_size
+        self.clear()
+
+    def clear(self) -> None:
+        self.cache: Cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        self.cache.activate_past_recording()
+        self.tokens: list[int] = []
+
+    def rewind(self, sequence: list[int], num_last: int) -> None:
+        """Leaves in the cache what it shares with `sequence`, less the last `num_last` tokens."""
+        shared = 0
+        for ours, theirs in zip(self.tokens, sequence[: len(sequence) - num_last]):
+            if ours != theirs:
+                break
+            shared += 1
+        if shared < len(self.tokens) and any(self.cache.is_sliding):
+            # A sliding window has forgotten what came before it.
+            self.clear()
+        else:
+            self.cache.crop(-(len(self.tokens) - shared))
+            self.tokens = self.tokens[:shared]
+
+    def run(self, sequence: list[int], num_last: int, output_hidden_states: bool = False):
+        """Makes the cache hold `sequence`; outputs cover at least its last `num_last` positions."""
+        self.rewind(sequence, num_last)
+        tokens = torch.tensor([sequence[len(self.tokens) :]], device=self.model.device)
+        outputs = cached_forward(
+            self.model, tokens, self.cache, num_logits=num_last, output_hidden_states=output_hidden_states
+        )
+        self.tokens = list(sequence)
+        return outputs
+
+    def first_difference(self, sequence: list[int], start: int) -> tuple[int, int] | None:
+        """The first position from `start` on at which the model's argmax isn't the sequence's, and that argmax."""
+        if start >= len(sequence):
+            return None
+        logits = self.run(sequence[:-1], num_last=len(sequence) - start).logits[0, start - len(sequence) :]
+        choices = logits[:, : self.vocab_size].argmax(dim=-1).tolist()
+        for position, choice in enumerate(choices, start):
+            if choice != sequence[position]:
+                return position, choice
+        return None
+
+
+class _Store:
+    """Finished examples on disk, one Parquet file each, written whole or not at all."""
+
+    def __init__(self, output_dir: str | Path | None, pair: dict[str, Any], max_new_tokens: int):
+        self.folder = None if output_dir is None else Path(output_dir)
+        self.pair = pair
+        if self.folder is None:
+            return
+        settings = json.dumps({**pair, "max_new_tokens": max_new_tokens}, indent=2, sort_keys=True)
+        path = self.folder / SETTINGS_NAME
+        if path.is_file():
+            if path.read_text(encoding="utf-8") != settings:
+                raise ValueError(
+                    f"{self.folder} holds mismatches that were mined under other settings (see its {SETTINGS_NAME}). "
+                    f"Expected {settings}. Mine into another folder."
+                )
+        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise ValueError(f"`output_dir` {self.folder} exists and wasn't written by mining. Give another folder.")
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(settings, encoding="utf-8")
+
+    def save(self, example_id: int, rows: list[dict[str, Any]]) -> None:
+        if self.folder is None:
+            return
+        part = self.folder / f"example-{example_id:06d}.part"
+        _to_dataset(rows, self.pair).to_parquet(part)
+        part.rename(part.with_suffix(".parquet"))
+
+    def load(self) -> dict[int, list[dict[str, Any]]]:
+        import datasets
+
+        paths = sorted(self.folder.glob("example-*.parquet")) if self.folder else []
+        return {int(path.stem.split("-")[1]): datasets.Dataset.from_parquet(str(path)).to_list() for path in paths}
+
+
+def _to_dataset(rows: list[dict[str, Any]], pair: dict[str, Any]) -> datasets.Dataset:
+    import datasets
+
+    integer, text = datasets.Value("int64"), datasets.Value("string")
+    features = datasets.Features(
+        {
+            "example_id": integer,
+            "input_ids": datasets.List(integer),
+            "prompt_length": integer,
+            "position": integer,
+            "candidate_token_id": integer,
+            "target_token_id": integer,
+            "candidate_token": text,
+            "target_token": text,
+            "label": integer,
+            "features": datasets.List(datasets.Value("float32")),
+            "pair": text,
+        }
+    )
+    constant = json.dumps(pair, sort_keys=True)
+    return datasets.Dataset.from_list([{**row, "pair": constant} for row in rows], features=features)

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Judges, and `AutoJudge`, which loads whichever a folder or Hub repository holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, hf_hub_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .configuration import JudgeConfig
+from .features import JudgeInputs
+from .model_card import render_custom_generate, render_judge_card
+
+
+CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "config.json", "model.safetensors", "README.md"
+
+
+class Judge(nn.Module):
+    """Base class: maps mismatches to importance scores, as logits. Subclasses define `forward`.
+
+    A judge compares in fp32, whatever the models' dtype.
+    """
+
+    judge_type: str
+    #: Whether the score depends on hidden states, so that verification has to keep them.
+    reads_states = False
+
+    def __init__(self, config: JudgeConfig):
+        super().__init__()
+        if config.judge_type != self.judge_type:
+            raise ValueError(f"{type(self).__name__} needs judge_type={self.judge_type!r}, got {config.judge_type!r}.")
+        self.config = config
+
+    def forward(self, inputs: JudgeInputs) -> torch.Tensor:
+        """Scores of shape `(b, k)`: the logit of the probability that accepting the candidate changes the answer."""
+        raise NotImplementedError
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Writes `config.json`, `model.safetensors`, the card, and what `custom_generate=` needs, to a folder."""
+        self._write(Path(save_directory), judge_id=str(Path(save_directory).resolve()))
+
+    def _write(self, folder: Path, judge_id: str) -> None:
+        if folder.is_file():
+            raise OSError(f"Expected a folder to save the judge to, got the file {folder.name}.")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_NAME).write_text(self.config.to_json_string(), encoding="utf-8")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self.state_dict().items()},
+            folder / WEIGHTS_NAME,
+            metadata={"format": "pt"},
+        )
+        (folder / CARD_NAME).write_text(render_judge_card(self.config), encoding="utf-8")
+        custom_generate = folder / "custom_generate"
+        custom_generate.mkdir(exist_ok=True)
+        for name, text in render_custom_generate(judge_id).items():
+            (custom_generate / name).write_text(text, encoding="utf-8")
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, commit_message: str | None = None
+    ) -> str:
+        """Uploads the judge in one commit; returns the commit's address."""
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self._write(Path(folder), judge_id=repo_id)
+            return api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=commit_message or "Upload judge"
+            ).commit_url
+
+
+class LinearJudge(Judge):
+    """Logistic regression on hidden states, scaler folded in: score = features @ weight + bias.
+
+    The two tensors are NaN until they are loaded or set, and a score that isn't finite accepts nothing: a judge
+    that was never trained can't judge.
+    """
+
+    judge_type = "linear"
+    reads_states = True
+
+    def __init__(self, config: JudgeConfig):
+        super().__init__(config)
+        if config.num_features == 0:
+            raise ValueError(
+                "A linear judge reads hidden states: set `hidden_size` (the target's), `assistant_hidden_size`, or both."
+            )
+        self.weight = nn.Parameter(torch.full((config.num_features,), float("nan")), requires_grad=False)
+        self.bias = nn.Parameter(torch.full((1,), float("nan")), requires_grad=False)
+
+    def forward(self, inputs: JudgeInputs) -> torch.Tensor:
+        weight, bias = self.weight.to(inputs.features.device), self.bias.to(inputs.features.device)
+        return inputs.features @ weight + bias
+
+    def predict_proba(self, features: torch.Tensor) -> torch.Tensor:
+        """Importance in [0, 1] of feature rows, shape `(n, f)` to `(n,)`."""
+        return torch.sigmoid(features.float() @ self.weight + self.bias)
+
+
+class TopKJudge(Judge):
+    """Training-free: a candidate is the less important the better it ranks under the target.
+
+    With rank r the score is (r - 1) / r, its logit log(r - 1): a threshold t accepts the ranks with
+    r - 1 < t / (1 - t). The default of 0.6 accepts rank 2, 0.7 also rank 3, 0.76 also rank 4. (Rank 1, which only
+    sampling ever rejects, counts as r = 1.5.)
+    """
+
+    judge_type = "top_k"
+
+    def forward(self, inputs: JudgeInputs) -> torch.Tensor:
+        logit = inputs.target_logits.gather(2, inputs.candidate_ids[..., None])
+        rank_below_best = (inputs.target_logits > logit).sum(dim=-1)
+        score = rank_below_best.float().clamp(min=0.5).log()
+        return torch.where(logit.squeeze(2).isfinite(), score, torch.nan)
+
+
+JUDGES: dict[str, type[Judge]] = {judge.judge_type: judge for judge in (LinearJudge, TopKJudge)}
+
+
+class AutoJudge:
+    """Makes the judge that a config or a saved judge names. Not meant to be instantiated."""
+
+    def __init__(self) -> None:
+        raise OSError("Use `AutoJudge.from_pretrained(name_or_folder)` or `AutoJudge.from_config(config)`.")
+
+    @staticmethod
+    def from_config(config: JudgeConfig) -> Judge:
+        """An untrained judge. A linear one accepts nothing until its weights are set.
+
+        Raises:
+            ValueError: for an unknown `judge_type`.
+        """
+        if config.judge_type not in JUDGES:
+            raise ValueError(
+                f"Unknown judge_type {config.judge_type!r}; this version knows {sorted(JUDGES)}. "
+                "A newer one may know more: pip install --upgrade autojudge_hf"
+            )
+        return JUDGES[config.judge_type](config)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        subfolder: str = "",
+    ) -> Judge:
+        """Loads a judge from a local folder or from the Hub.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                A folder that `save_pretrained` wrote, or a Hub repository such as `"user/judge"`.
+            revision, token, cache_dir, local_files_only, subfolder (*optional*):
+                As in every `from_pretrained`.
+
+        Raises:
+            OSError: where a file is missing or unreadable.
+            ValueError: where a file's content isn't a judge's; a tensor that is missing, left over, misshapen or not
+                finite is named, all of them at once.
+        """
+        files = {
+            name: _resolve_file(
+                str(pretrained_model_name_or_path), name, subfolder, revision, token, cache_dir, local_files_only
+            )
+            for name in (CONFIG_NAME, WEIGHTS_NAME)
+        }
+        try:
+            values = json.loads(files[CONFIG_NAME].read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"The judge's {CONFIG_NAME} isn't valid JSON: {error}") from None
+        judge = cls.from_config(JudgeConfig.from_dict(values))
+        _load_tensors(judge, files[WEIGHTS_NAME])
+        return judge.eval()
+
+
+def _resolve_file(name_or_path: str, filename: str, subfolder: str, revision, token, cache_dir, local_files_only):
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        path = folder / subfolder / filename
+        if not path.is_file():
+            raise OSError(
+                f"No {filename} in the judge folder {name_or_path!r}. Expected {CONFIG_NAME} and {WEIGHTS_NAME}, "
+                f"got {sorted(p.name for p in path.parent.glob('*'))}."
+            )
+        return path
+    return Path(
+        hf_hub_download(
+            name_or_path,
+            filename,
+            subfolder=subfolder or None,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+    )
+
+
+def _load_tensors(judge: Judge, path: Path) -> None:
+    """Copies the file's tensors into the judge; every disagreement is collected before anything is loaded."""
+    expected: dict[str, Any] = judge.state_dict()
+    problems, tensors = [], {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            problems += [f"missing: {name}" for name in sorted(set(expected) - names)]
+            problems += [f"unexpected: {name}" for name in sorted(names - set(expected))]
+            for name in sorted(names & set(expected)):
+                part = file.get_slice(name)
+                shape, want = list(part.get_shape()), list(expected[name].shape)
+                if shape != want or part.get_dtype() != "F32":
+                    problems.append(f"{name}: expected F32 of shape {want}, got {part.get_dtype()} of shape {shape}")
+                    continue
+                tensors[name] = file.get_tensor(name)
+                if not torch.isfinite(tensors[name]).all():
+                    problems.append(f"{name}: has values that aren't finite")
+    except SafetensorError as error:
+        raise ValueError(f"The judge's {WEIGHTS_NAME} isn't a valid safetensors file: {error}") from None
+    if problems:
+        raise ValueError(f"The judge's {WEIGHTS_NAME} doesn't fit its {CONFIG_NAME}: " + "; ".join(problems))
+    judge.load_state_dict(tensors)

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+from .gsm8k import GSM8K
+from .task import Task
+
+
+__all__ = ["GSM8K", "Task"]

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What mining and evaluation need to know of a task."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Task(ABC):
+    """A kind of problem whose answers can be compared.
+
+    Mining asks whether two responses mean the same (`equivalent`), evaluation whether one is right (`is_correct`).
+    Answers may be anything that survives `==` and JSON; `None` stands for "no answer was given".
+    """
+
+    #: Recorded in mined datasets and judges. Change it with every change of prompt or grading.
+    name: str
+
+    @abstractmethod
+    def prompt(self, example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+        """The whole prompt with its special tokens; callers tokenise it with `add_special_tokens=False`."""
+
+    @abstractmethod
+    def extract_answers(self, examples: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[Any]:
+        """One answer, or `None`, for each response in `texts`. Batched, so that a grader can run in parallel."""
+
+    @abstractmethod
+    def is_correct(self, example: Mapping[str, Any], answer: Any) -> bool:
+        """Whether `answer` is right by the example's gold answer."""
+
+    def equivalent(self, answer: Any, reference: Any) -> bool:
+        """Whether `answer` means the same as the target's own `reference`. `None` is equivalent to nothing."""
+        return answer is not None and reference is not None and answer == reference

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`JudgeTrainer`: from mined mismatches to a linear judge."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import EvalPrediction
+from transformers.trainer_utils import PredictionOutput
+
+from .configuration import JudgeConfig
+from .model_card import render_judge_card
+from .modeling import CARD_NAME, LinearJudge
+from .training_args import JudgeTrainingArguments
+
+
+if TYPE_CHECKING:
+    import datasets
+
+
+logger = logging.getLogger(__name__)
+REQUIRED_COLUMNS = ("example_id", "label", "features", "pair")
+
+
+@dataclass
+class JudgeTrainerState:
+    """`log_history` holds one dict per value of C, then one for the judge that was kept."""
+
+    log_history: list[dict[str, Any]] = field(default_factory=list)
+    best_metric: float | None = None
+
+
+class JudgeTrainer:
+    """Fits a linear judge: standard scaler and L2 logistic regression (scikit-learn), folded into one vector.
+
+    Args:
+        args (`JudgeTrainingArguments`): how to fit.
+        train_dataset (`datasets.Dataset`): mined mismatches.
+        eval_dataset (`datasets.Dataset`, *optional*): mismatches of other examples, for C and the threshold. Without
+            it `args.validation_size` of the training examples are held out.
+        compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*): more figures for `evaluate`, from scores in
+            [0, 1] (`predictions`) and labels (`label_ids`).
+
+    Raises:
+        ValueError: before any fit, for a dataset that can't be learned from.
+    """
+
+    def __init__(
+        self,
+        args: JudgeTrainingArguments,
+        train_dataset: datasets.Dataset,
+        eval_dataset: datasets.Dataset | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+    ):
+        self.args = args
+        self.compute_metrics = compute_metrics
+        self.state = JudgeTrainerState()
+        self._check_output_dir()
+        pairs = _pairs(train_dataset, "train_dataset")
+        if eval_dataset is not None:
+            pairs |= _pairs(eval_dataset, "eval_dataset")
+        if len(pairs) != 1:
+            raise ValueError(
+                f"The rows come from {len(pairs)} different minings, expected one. A judge knows one pair and one "
+                "setting; train on each apart. Got:\n" + "\n".join(sorted(pairs))
+            )
+        self.pair = json.loads(pairs.pop())
+        if eval_dataset is None:
+            train_dataset, eval_dataset = self._split(train_dataset)
+        elif shared := set(train_dataset["example_id"]) & set(eval_dataset["example_id"]):
+            logger.warning(f"{len(shared)} example ids are in both datasets. If they are the same problems, AUC lies.")
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self._train, self._eval = _arrays(train_dataset, "training"), _arrays(eval_dataset, "validation")
+        self.judge = LinearJudge(self._config())
+
+    def train(self) -> JudgeTrainerState:
+        """Fits every C of the grid, keeps the best by validation ROC-AUC, sets the threshold by recall."""
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.metrics import roc_auc_score
+        from sklearn.preprocessing import StandardScaler
+
+        (features, labels), (eval_features, eval_labels) = self._train, self._eval
+        scaler = StandardScaler().fit(features)
+        scaled, eval_scaled = scaler.transform(features), scaler.transform(eval_features)
+        best = None
+        for c in tqdm(self.args.C_grid, desc="fitting C", unit="fit"):
+            classifier = LogisticRegression(C=c, class_weight=self.args.class_weight, max_iter=self.args.max_iter)
+            classifier.fit(scaled, labels)
+            auc = roc_auc_score(eval_labels, classifier.decision_function(eval_scaled))
+            self.state.log_history.append({"C": c, "eval_auc": float(auc)})
+            if best is None or auc > best[0]:
+                best = auc, c, classifier
+        auc, c, classifier = best
+        self.state.best_metric = float(auc)
+        self._fold(scaler, classifier)
+        self.judge.config.threshold = self._threshold_by_recall()
+        self.state.log_history.append({"best_C": c, **self.evaluate()})
+        return self.state
+
+    def evaluate(self, eval_dataset: datasets.Dataset | None = None) -> dict[str, float]:
+        """ROC-AUC, and at the judge's threshold: recall of important mismatches, share of harmless ones accepted."""
+        return self.predict(self.eval_dataset if eval_dataset is None else eval_dataset, "eval").metrics
+
+    def predict(self, test_dataset: datasets.Dataset, metric_key_prefix: str = "test") -> PredictionOutput:
+        """Scores in [0, 1], labels and metrics of a mined dataset."""
+        from sklearn.metrics import roc_auc_score
+
+        features, labels = _arrays(test_dataset, metric_key_prefix)
+        scores = self.judge.predict_proba(torch.from_numpy(features)).numpy()
+        rejected = scores >= self.judge.config.threshold
+        metrics = {
+            "auc": float(roc_auc_score(labels, scores)),
+            "recall": float(rejected[labels == 1].mean()),
+            "harmless_accepted": float((~rejected[labels == 0]).mean()),
+            "threshold": self.judge.config.threshold,
+        }
+        if self.compute_metrics is not None:
+            metrics |= self.compute_metrics(EvalPrediction(predictions=scores, label_ids=labels))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return PredictionOutput(predictions=scores, label_ids=labels, metrics=metrics)
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """Saves the judge, with its card, to `output_dir` or `args.output_dir`."""
+        folder = Path(output_dir or self.args.output_dir)
+        self.judge.save_pretrained(folder)
+        self.create_model_card(folder)
+
+    def create_model_card(self, output_dir: str | Path | None = None) -> None:
+        """Writes the judge's README.md with the figures of the fit."""
+        training = {
+            "Mismatches": f"{len(self._train[1])} for training, {len(self._eval[1])} for validation",
+            "Important": f"{np.concatenate([self._train[1], self._eval[1]]).mean():.1%}",
+        }
+        if self.state.best_metric is not None:
+            training["Validation ROC-AUC"] = f"{self.state.best_metric:.3f}"
+        card = render_judge_card(self.judge.config, training)
+        (Path(output_dir or self.args.output_dir) / CARD_NAME).write_text(card, encoding="utf-8")
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """Uploads the judge; see `Judge.push_to_hub`."""
+        return self.judge.push_to_hub(repo_id, **kwargs)
+
+    def _check_output_dir(self) -> None:
+        folder = Path(self.args.output_dir)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"`output_dir` must be a folder, got the file {folder}.")
+        if folder.is_dir() and any(folder.iterdir()) and not self.args.overwrite_output_dir:
+            raise ValueError(
+                f"`output_dir` {folder} exists and isn't empty. Give another folder, or pass "
+                "`overwrite_output_dir=True` to replace its files."
+            )
+
+    def _split(self, dataset: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
+        """Holds out whole examples: rows of one response are far too alike to be on both sides."""
+        ids = np.asarray(dataset["example_id"])
+        examples = np.random.default_rng(self.args.seed).permutation(np.unique(ids))
+        num_held_out = max(1, round(self.args.validation_size * len(examples)))
+        held_out = np.isin(ids, examples[:num_held_out])
+        return dataset.select(np.flatnonzero(~held_out)), dataset.select(np.flatnonzero(held_out))
+
+    def _config(self) -> JudgeConfig:
+        target, assistant = self.pair["target"], self.pair["assistant"]
+        return JudgeConfig(
+            judge_type="linear",
+            **self.pair["features"],
+            base_model_name_or_path=target["name"],
+            base_model_revision=target["revision"],
+            assistant_model_name_or_path=assistant["name"],
+            assistant_model_revision=assistant["revision"],
+            decoding_settings=self.pair["decoding_settings"],
+            task=self.pair["task"],
+        )
+
+    def _fold(self, scaler: Any, classifier: Any) -> None:
+        """w' = w / scale and b' = b - w' . mean, so that no scaler is needed when decoding."""
+        weight = classifier.coef_[0] / scaler.scale_
+        bias = classifier.intercept_[0] - weight @ scaler.mean_
+        self.judge.load_state_dict(
+            {
+                "weight": torch.tensor(weight, dtype=torch.float32),
+                "bias": torch.tensor([bias], dtype=torch.float32),
+            }
+        )
+
+    def _threshold_by_recall(self) -> float:
+        """The highest threshold that rejects at least `args.recall` of the important validation mismatches."""
+        features, labels = self._eval
+        important = self.judge.predict_proba(torch.from_numpy(features[labels == 1])).double().sort().values
+        num_missed = len(important) - math.ceil(self.args.recall * len(important))
+        # A hair below the score itself: it is compared as a logit, after rounding.
+        return float(important[num_missed] * (1 - 1e-6))
+
+
+def _pairs(dataset: datasets.Dataset, name: str) -> set[str]:
+    missing = [column for column in REQUIRED_COLUMNS if column not in dataset.column_names]
+    if missing:
+        raise ValueError(
+            f"`{name}` lacks the columns {missing}. Expected what `mine_mismatches` returns "
+            f"({sorted(REQUIRED_COLUMNS)} at least), got {sorted(dataset.column_names)}."
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"`{name}` has no rows. Mine more examples.")
+    return set(dataset.unique("pair"))
+
+
+def _arrays(dataset: datasets.Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Features as float32 of shape `(n, f)` and labels of shape `(n,)`, checked."""
+    labels = np.asarray(dataset["label"], dtype=np.int64)
+    for label, meaning in ((0, "unimportant"), (1, "important")):
+        if not (labels == label).any():
+            raise ValueError(
+                f"The {name} rows ({len(labels)}) hold no {meaning} mismatch, and a judge has to see both kinds. "
+                "Mine more examples, or hold out a larger share."
+            )
+    features = np.asarray(dataset.with_format("numpy")["features"][:], dtype=np.float32)
+    finite = np.isfinite(features).all(axis=1)
+    if not finite.all():
+        raise ValueError(
+            f"{(~finite).sum()} of the {len(finite)} {name} rows have features that aren't finite, the first is row "
+            f"{np.flatnonzero(~finite)[0]}. Mine them again in a wider dtype, or drop them."
+        )
+    return features, labels

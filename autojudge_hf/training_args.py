@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`JudgeTrainingArguments`: how a judge is fitted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class JudgeTrainingArguments:
+    """Arguments of `JudgeTrainer`; names and meanings are those of `transformers.TrainingArguments` where one exists.
+
+    Args:
+        output_dir (`str`):
+            Folder the judge is saved to. Must be new or empty, unless `overwrite_output_dir`.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Whether files in `output_dir` may be replaced.
+        seed (`int`, *optional*, defaults to 42):
+            Seed of the split into training and validation examples.
+        validation_size (`float`, *optional*, defaults to 0.1):
+            Share of the examples (problems, not rows) held out when no `eval_dataset` is given.
+        C_grid (`list[float]`, *optional*):
+            Inverse strengths of the L2 penalty to try; the best validation ROC-AUC wins. Defaults to the paper's grid
+            1e0 ... 1e-7 (arXiv 2504.20039, section 4).
+        recall (`float`, *optional*, defaults to 0.9):
+            The threshold is the highest that still rejects this share of the important validation mismatches.
+        class_weight (`str`, *optional*):
+            `None` or `"balanced"`, as in scikit-learn.
+        max_iter (`int`, *optional*, defaults to 2000):
+            Limit of the solver's iterations.
+
+    Raises:
+        ValueError: for a value outside its range.
+    """
+
+    output_dir: str
+    overwrite_output_dir: bool = False
+    seed: int = 42
+    validation_size: float = 0.1
+    C_grid: list[float] = field(default_factory=lambda: [10.0**-i for i in range(8)])
+    recall: float = 0.9
+    class_weight: str | None = None
+    max_iter: int = 2000
+
+    def __post_init__(self) -> None:
+        for name in ("validation_size", "recall"):
+            value = getattr(self, name)
+            if not 0.0 < value < 1.0 and not (name == "recall" and value == 1.0):
+                raise ValueError(f"`{name}` must be a share between 0 and 1, got {value!r}.")
+        if not self.C_grid or any(c <= 0 for c in self.C_grid):
+            raise ValueError(f"`C_grid` needs at least one value, all positive, got {self.C_grid!r}.")
+        if self.class_weight not in (None, "balanced"):
+            raise ValueError(f"`class_weight` must be None or 'balanced', got {self.class_weight!r}.")
