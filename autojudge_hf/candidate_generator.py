@@ -106,9 +106,7 @@ class JudgeCandidateGenerator(CandidateGenerator):
         if mask is not None:
             mask = torch.nn.functional.pad(mask, (0, sequence.shape[1] - mask.shape[1]), value=1)
         tokens = sequence[:, self.cache.get_seq_length() :]
-        return cached_forward(
-            self.assistant_model, tokens, self.cache, mask, output_hidden_states=self.output_states
-        )
+        return cached_forward(self.assistant_model, tokens, self.cache, mask, output_hidden_states=self.output_states)
 
     def _padded(self, logits: torch.Tensor) -> torch.Tensor:
         """Pairs may pad one vocabulary to different sizes: tokens that the assistant lacks are never drawn."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -128,6 +128,27 @@ def paired_interval(
     draws = rng.multinomial(len(difference), counts / len(difference), size=num_samples)
     low, high = np.quantile(draws @ values / len(difference), [0.025, 0.975])
     return float(low), float(high)
+
+
+@torch.no_grad()
+def highlight_accepted(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sequence: torch.LongTensor, prompt_length: int
+) -> str:
+    """The response of a greedily decoded `sequence`, with the tokens the target wouldn't have written in colour.
+
+    One forward of the target over the whole sequence of shape `(length,)`; in a judged response these tokens are the
+    mismatches that the judge accepted. Colours are ANSI codes, for a terminal.
+    """
+    sequence = sequence.to(model.device)
+    choices = model(sequence[None, :-1]).logits[0, prompt_length - 1 :].argmax(dim=-1)
+    response = sequence[prompt_length:]
+    parts = []
+    for token, own in zip(response.tolist(), (choices == response).tolist()):
+        if token in tokenizer.all_special_ids:
+            continue
+        text = tokenizer.decode([token])
+        parts.append(text if own else f"\033[30;43m{text}\033[0m")
+    return "".join(parts)
 
 
 def _decode(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], **kwargs: Any) -> tuple[Any, int, int]:

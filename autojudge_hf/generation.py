@@ -143,9 +143,7 @@ def judge_decoding(
         is_harmless = None
         if judge is not None and k > 0 and threshold > 0.0:
             target_states = outputs.hidden_states[-1][:, -k - 1 :] if reads_target else None
-            inputs = judge_inputs(
-                candidate_ids, processed, target_states, drafter.states, judge.config.state_position
-            )
+            inputs = judge_inputs(candidate_ids, processed, target_states, drafter.states, judge.config.state_position)
             is_harmless = harmless(judge(inputs), threshold)
         verification = _verify(generation_config.do_sample, candidate_ids, processed, assistant_logits, is_harmless)
 
@@ -281,7 +279,9 @@ def _checked_judge(
                 f"{judge.config.assistant_model_name_or_path}: use that pair, or train a judge for this one."
             )
     mined, actual = judge.config.decoding_settings, decoding_settings(generation_config)
-    differences = [f"{name}={actual[name]} (mined: {mined[name]})" for name in actual if mined.get(name) != actual[name]]
+    differences = [
+        f"{name}={actual[name]} (mined: {mined[name]})" for name in actual if mined.get(name) != actual[name]
+    ]
     if judge.reads_states and differences:
         _warn_once(
             "The judge was mined under other decoding settings, so its threshold may not mean the same here: "

@@ -8,13 +8,13 @@ SHOTS = (
         "The final answer is 36",
     },
     {
-        "question": "Mira bakes 6 trays of 8 rolls and sells the rolls at 3 for $2. What does she earn if all are sold?",
-        "response": "She bakes 6 * 8 = 48 rolls. That is 48 / 3 = 16 groups of three, and each brings $2, so she earns "
+        "question": "Mira bakes 6 trays of 8 rolls and sells them at 3 for $2. What does she earn if all are sold?",
+        "response": "She bakes 6 * 8 = 48 rolls. That is 48 / 3 = 16 groups of three, each brings $2, so she earns "
         "16 * 2 = $32. The final answer is 32",
     },
     {
-        "question": "A rope of 90 metres is cut so that one piece is twice as long as the other. How long is the short "
-        "piece?",
+        "question": "A rope of 90 metres is cut so that one piece is twice as long as the other. How long is the "
+        "short piece?",
         "response": "The two pieces are 1 + 2 = 3 short lengths. So the short piece is 90 / 3 = 30 metres. "
         "The final answer is 30",
     },
@@ -36,14 +36,14 @@ SHOTS = (
         "24 - 4 = 20, so the brother is 10 and Lena is 10 + 4 = 14. The final answer is 14",
     },
     {
-        "question": "A tank holds 500 litres. A pump fills it at 35 litres a minute while 10 litres a minute leak out. "
-        "How many minutes until the empty tank is full?",
+        "question": "A tank holds 500 litres. A pump fills it at 35 litres a minute while 10 litres a minute leak "
+        "out. How many minutes until the empty tank is full?",
         "response": "Each minute the tank gains 35 - 10 = 25 litres. It is full after 500 / 25 = 20 minutes. "
         "The final answer is 20",
     },
     {
-        "question": "There are 7 boxes with 24 pencils each. They are shared equally among 12 pupils. How many pencils "
-        "does each pupil get?",
+        "question": "There are 7 boxes with 24 pencils each. They are shared equally among 12 pupils. How many "
+        "pencils does each pupil get?",
         "response": "There are 7 * 24 = 168 pencils. Each pupil gets 168 / 12 = 14 of them. The final answer is 14",
     },
 )

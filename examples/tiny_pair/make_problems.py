@@ -3,7 +3,7 @@
 
     python examples/tiny_pair/make_problems.py --task gsm8k --split test --seed 1 --n 500 --out problems.jsonl
 
-A problem is a small world: three to five people, each of whom has a number of things, given outright or relative
+A problem is a small world: three or four people, each of whom has a number of things, given outright or relative
 to somebody else, and one question. Its solution says the same in one of very many ways: any valid order of the
 steps, commuted terms, optional step numbers, optional checks, optional remarks on numbers that don't matter, a
 dozen wordings. So most differences between two solutions are harmless, digits included, and a few decide.
@@ -38,7 +38,7 @@ DISTRACTIONS = (
 FACTOR_WORDS = {2: "twice", 3: "three times", 4: "four times"}
 
 # Shares of the hash space, in percent. Language-model training takes most of it.
-SPLITS = {"lm": range(0, 76), "train": range(76, 84), "validation": range(84, 92), "test": range(92, 100)}
+SPLITS = {"lm": range(76), "train": range(76, 84), "validation": range(84, 92), "test": range(92, 100)}
 LARGEST_VALUE = 48
 LARGEST_TOTAL = 99
 
@@ -100,7 +100,7 @@ def draw_problem(rng: random.Random) -> Problem:
     """Draws worlds until the numbers stay small enough for a small model."""
     while True:
         quantities: list[Quantity] = []
-        for _ in range(rng.choice((3, 4, 4, 5))):
+        for _ in range(rng.choice((3, 4, 4))):
             quantities.append(draw_quantity(rng, quantities))
         values = [q.value for q in quantities]
         if max(values) > LARGEST_VALUE or len(set(values)) < len(values):
@@ -201,7 +201,9 @@ class Writer:
 
     def add(self, line: str) -> None:
         label = self.label()
-        if label.endswith(", ") and line.startswith(("We ", "The ", "Since ", "After ", "That ", "Adding ", "With ", "So ", "In ")):
+        if label.endswith(", ") and line.startswith(
+            ("We ", "Never ", "The ", "After ", "Adding ", "With ", "So ", "In ", "For ", "They ")
+        ):
             line = line[0].lower() + line[1:]
         self.lines.append(label + line)
 
@@ -231,9 +233,9 @@ class Writer:
             self.add(
                 self.pick(
                     f"{name} has {q.value} {thing}.",
-                    f"We know that {name} has {q.value} {thing}.",
-                    f"{q.value} {thing} are in the hands of {name}.",
-                    f"The problem says that {name} has {q.value}.",
+                    f"{name} starts with {q.value} {thing}, as the problem says.",
+                    f"For {name} the problem gives {q.value} {thing}.",
+                    f"{name} has {q.value}, that is known.",
                 )
             )
             return
@@ -249,9 +251,9 @@ class Writer:
             self.pick(
                 f"{name} has {relation}, so {name} has {formula} = {q.value} {thing}.",
                 f"{name} has {relation}, and {other} has {base}. That makes {formula} = {q.value}.",
-                f"{other} has {base} and {name} has {relation}: {formula} = {q.value} {thing}.",
-                f"{formula} = {q.value}, so {name} has {q.value} {thing}.",
-                f"Since {other} has {base} {thing}, {name} has {formula} = {q.value}.",
+                f"For {name} we take {relation}: {formula} = {q.value} {thing}.",
+                f"{name} compares with {other}, who has {base} {thing}: {formula} = {q.value}.",
+                f"{name} has {formula} = {q.value} {thing}.",
             )
         )
         if self.rng.random() < 0.35:
@@ -274,8 +276,7 @@ class Writer:
                 self.pick(
                     f"{more} has {a} and {less} has {b}, so the difference is {a} - {b} = {d}.",
                     f"{less} has {b} and {more} has {a}, so the difference is {a} - {b} = {d}.",
-                    f"The difference is {a} - {b} = {d}. So {more} has {d} {thing} more than {less}.",
-                    f"{a} - {b} = {d}. So {less} has {d} {thing} fewer than {more}.",
+                    f"{more} has {a} {thing} and {less} has {b}, and {a} - {b} = {d}.",
                 )
             )
             return d
@@ -291,13 +292,13 @@ class Writer:
                 line = self.pick(
                     f"{previous} and {name} have {formula} = {total} {thing}.",
                     f"Adding {previous} and {name}: {formula} = {total}.",
-                    f"{formula} = {total} for {previous} and {name}.",
+                    f"{previous} and {name} together: {formula} = {total} {thing}.",
                 )
             else:
                 line = self.pick(
                     f"With {name} that makes {formula} = {total} {thing}.",
                     f"Adding {name}: {formula} = {total}.",
-                    f"{formula} = {total} with the {thing} of {name}.",
+                    f"{name} brings it to {formula} = {total}.",
                 )
             self.add(line)
         if p.question == "left":
@@ -306,7 +307,7 @@ class Writer:
                 self.pick(
                     f"After giving away {p.number} {thing}, {total} - {p.number} = {left} are left.",
                     f"They give away {p.number}, so {total} - {p.number} = {left} {thing} are left.",
-                    f"{total} - {p.number} = {left} {thing} remain.",
+                    f"Without the {p.number} given away it is {total} - {p.number} = {left} {thing}.",
                 )
             )
             return left
@@ -349,19 +350,14 @@ class Writer:
         open_steps = self.with_references(extra | set(self.problem.asked))
         done: set[int] = set()
         remarks = [
-            self.pick("The ", "We can ignore the ") + short.format(n=n) for _, short, n, _ in self.asides
-        ]
-        remarks = [
-            remark + ("." if remark.startswith("We") else " does not matter.")
-            for remark in remarks
+            self.pick("Never mind", "We can ignore") + f" the {short.format(n=n)}."
+            for _, short, n, _ in self.asides
             if self.rng.random() < 0.6
         ]
         while open_steps:
             if remarks and self.rng.random() < 0.3:
                 self.add(remarks.pop(self.rng.randrange(len(remarks))))
-            ready = [
-                i for i in sorted(open_steps) if quantities[i].kind == "given" or quantities[i].reference in done
-            ]
+            ready = [i for i in sorted(open_steps) if quantities[i].kind == "given" or quantities[i].reference in done]
             i = self.rng.choice(ready)
             open_steps.remove(i)
             done.add(i)

@@ -38,7 +38,19 @@ CHAT_TEMPLATE = (
 )
 # Words keep their leading space, numbers are split into digits, and the first digit keeps the space.
 WORD_PATTERN = r" ?\p{L}+| ?\p{N}|\s*[\r\n]| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-PYTHON_MODULES = "ast bisect calendar collections dataclasses fractions heapq random statistics string textwrap".split()
+PYTHON_MODULES = [
+    "ast",
+    "bisect",
+    "calendar",
+    "collections",
+    "dataclasses",
+    "fractions",
+    "heapq",
+    "random",
+    "statistics",
+    "string",
+    "textwrap",
+]
 SHAPES = {
     "target": {"num_hidden_layers": 8, "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 3},
     "draft": {"num_hidden_layers": 2, "hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 2},
@@ -130,8 +142,8 @@ def train_model(name: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Na
     for step, (ids, labels) in enumerate(progress):
         if step == args.steps:
             break
-        # Warm up, hold, then go to zero over the last 40 %.
-        scale = min((step + 1) / 100, 1.0, (args.steps - step) / (0.4 * args.steps))
+        # Warm up, hold for a quarter, then go down to zero.
+        scale = min((step + 1) / 100, 1.0, (args.steps - step) / (0.75 * args.steps))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * scale

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Solves problems with a judge and colours the mismatches that it let pass.
+
+python examples/gsm8k/generate.py --judge runs/judge
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import HfArgumentParser
+
+
+@dataclass
+class Arguments:
+    judge: str = field(metadata={"help": "Judge: local folder or Hub id."})
+    model_name_or_path: str = field(default="Qwen/Qwen2.5-7B-Instruct", metadata={"help": "The target."})
+    assistant_model_name_or_path: str = field(
+        default="Qwen/Qwen2.5-0.5B-Instruct", metadata={"help": "The assistant."}
+    )
+    dataset_name: str = field(default="openai/gsm8k", metadata={"help": "Dataset on the Hub."})
+    split: str = field(default="test", metadata={"help": "Its split."})
+    data_file: str | None = field(default=None, metadata={"help": "Local JSONL file instead of the Hub's dataset."})
+    max_examples: int = field(default=3, metadata={"help": "Solve the first so many."})
+    num_fewshot: int = field(default=0, metadata={"help": "As in mining."})
+    max_new_tokens: int = field(default=512, metadata={"help": "Limit of a response, in tokens."})
+    judge_threshold: float | None = field(default=None, metadata={"help": "Default: the judge's own. 0 is lossless."})
+    num_assistant_tokens: int | None = field(default=None, metadata={"help": "Candidates per cycle."})
+    dtype: str = field(default="bfloat16", metadata={"help": "dtype of both models."})
+    device_map: str = field(default="auto", metadata={"help": "Where the models go."})
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses()
+
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from autojudge_hf import AutoJudge
+    from autojudge_hf.evaluation import highlight_accepted
+    from autojudge_hf.tasks import GSM8K
+
+    judge = AutoJudge.from_pretrained(args.judge)
+    if args.data_file is not None:
+        examples = load_dataset("json", data_files=args.data_file, split="train")
+    else:
+        examples = load_dataset(args.dataset_name, "main", split=args.split)
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    model, assistant_model = (
+        AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype, device_map=args.device_map).eval()
+        for name in (args.model_name_or_path, args.assistant_model_name_or_path)
+    )
+    task = GSM8K(num_fewshot=args.num_fewshot)
+    for example in examples.select(range(min(args.max_examples, len(examples)))):
+        prompt = task.prompt(example, tokenizer)
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+        output = model.generate(
+            **inputs,
+            assistant_model=assistant_model,
+            judge=judge,
+            judge_threshold=args.judge_threshold,
+            num_assistant_tokens=args.num_assistant_tokens,
+            # The settings the judge was mined under; the models' own generation configs may say otherwise.
+            do_sample=False,
+            repetition_penalty=1.0,
+            max_new_tokens=args.max_new_tokens,
+            return_dict_in_generate=True,
+        )
+        cycles, matches = output.num_target_forwards.item(), output.num_matches.item()
+        judged = output.num_judge_accepted.item()
+        print(example["question"])
+        print(highlight_accepted(model, tokenizer, output.sequences[0], inputs["input_ids"].shape[1]))
+        print(
+            f"[{(matches + judged + cycles) / max(1, cycles):.1f} tokens per cycle: {cycles} cycles, {matches} "
+            f"matched, {judged} mismatches accepted (coloured)]\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

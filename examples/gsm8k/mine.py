@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mines mismatches on GSM8K, or on a JSONL file with the fields `question` and `answer`.
+
+python examples/gsm8k/mine.py --output_dir runs/mined
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+
+@dataclass
+class Arguments:
+    output_dir: str = field(metadata={"help": "Folder for the mined dataset. The same command again goes on with it."})
+    model_name_or_path: str = field(default="Qwen/Qwen2.5-7B-Instruct", metadata={"help": "The target."})
+    assistant_model_name_or_path: str = field(
+        default="Qwen/Qwen2.5-0.5B-Instruct", metadata={"help": "The assistant; same tokenizer as the target."}
+    )
+    dataset_name: str = field(default="openai/gsm8k", metadata={"help": "Dataset on the Hub."})
+    split: str = field(default="train", metadata={"help": "Its split. Never mine what you test on."})
+    data_file: str | None = field(default=None, metadata={"help": "Local JSONL file instead of the Hub's dataset."})
+    max_examples: int | None = field(default=None, metadata={"help": "Mine only the first so many."})
+    num_fewshot: int = field(default=0, metadata={"help": "Worked examples in the prompt, 0 to 8."})
+    max_new_tokens: int = field(default=512, metadata={"help": "Limit of a whole response, in tokens."})
+    num_assistant_tokens: int | None = field(default=None, metadata={"help": "Draft length; changes the speed only."})
+    batch_size: int = field(default=8, metadata={"help": "Problems in flight."})
+    dtype: str = field(default="bfloat16", metadata={"help": "dtype of both models."})
+    device_map: str = field(default="auto", metadata={"help": "Where the models go."})
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses()
+
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from autojudge_hf import mine_mismatches
+    from autojudge_hf.tasks import GSM8K
+
+    if args.data_file is not None:
+        examples = load_dataset("json", data_files=args.data_file, split="train")
+    else:
+        examples = load_dataset(args.dataset_name, "main", split=args.split)
+    if args.max_examples is not None:
+        examples = examples.select(range(min(args.max_examples, len(examples))))
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    model, assistant_model = (
+        AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype, device_map=args.device_map).eval()
+        for name in (args.model_name_or_path, args.assistant_model_name_or_path)
+    )
+    folder = Path(args.output_dir)
+    mined = mine_mismatches(
+        model,
+        assistant_model,
+        tokenizer,
+        examples,
+        GSM8K(num_fewshot=args.num_fewshot),
+        max_new_tokens=args.max_new_tokens,
+        num_assistant_tokens=args.num_assistant_tokens,
+        batch_size=args.batch_size,
+        output_dir=folder / "examples",
+    )
+    mined.to_parquet(folder / "mismatches.parquet")
+    important = sum(mined["label"]) / max(1, len(mined))
+    print(f"{len(mined)} mismatches, {important:.1%} important, in {folder / 'mismatches.parquet'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a judge gains and costs on the embedded pair: mined, trained, threshold chosen, tested once.
+
+    python examples/measure_judge.py --output_dir runs/measure_judge
+
+Training problems give the judge, validation problems its threshold, and fresh test problems, used once, the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from autojudge_hf import JudgeTrainer, JudgeTrainingArguments, evaluate_judge, mine_mismatches
+from autojudge_hf.evaluation import paired_interval
+from autojudge_hf.tasks import GSM8K
+
+
+PAIR = Path(__file__).parent / "tiny_pair"
+sys.path.insert(0, str(PAIR))
+
+from make_problems import problems  # noqa: E402  (lives beside the pair)
+
+
+MAX_NEW_TOKENS = 320
+RECALLS = (0.8, 0.85, 0.9, 0.94, 0.97, 0.99)
+
+
+def show(row: dict, lossless: dict) -> None:
+    drop = lossless["accuracy"] - row["accuracy"]
+    low, high = paired_interval(lossless["correct"], row["correct"])
+    name = "lossless" if row["threshold"] is None else f"threshold {row['threshold']:.4f}"
+    print(
+        f"{name:18}  accuracy {row['accuracy']:.1%}  drop {100 * drop:+.2f} points "
+        f"[{100 * low:+.2f}, {100 * high:+.2f}]  tokens/cycle {row['tokens_per_cycle']:.2f} (x{row['tokens_per_cycle'] / lossless['tokens_per_cycle']:.2f})"
+        f"  tokens/s {row['tokens_per_second']:.0f}  mean length {row['mean_response_length']:.0f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--output_dir", default="runs/measure_judge")
+    parser.add_argument("--seed", type=int, default=1, help="seed of all problems")
+    parser.add_argument("--num_mined", type=int, default=400)
+    parser.add_argument("--num_validation", type=int, default=300)
+    parser.add_argument("--num_test", type=int, default=1000)
+    parser.add_argument("--max_drop", type=float, default=0.005, help="accuracy the threshold may cost on validation")
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    tokenizer = AutoTokenizer.from_pretrained(PAIR / "target")
+    pair = [
+        AutoModelForCausalLM.from_pretrained(PAIR / role, dtype=torch.float32).eval() for role in ("target", "draft")
+    ]
+
+    def take(split: str, n: int) -> list[dict]:
+        return list(itertools.islice(problems(split, args.seed), n))
+
+    folder = Path(args.output_dir)
+    mined = mine_mismatches(
+        *pair,
+        tokenizer,
+        take("train", args.num_mined),
+        GSM8K(),
+        max_new_tokens=MAX_NEW_TOKENS,
+        num_assistant_tokens=8,
+        output_dir=folder / "mined",
+    )
+    print(f"{len(mined)} mismatches, {sum(mined['label']) / len(mined):.1%} important")
+    trainer = JudgeTrainer(
+        JudgeTrainingArguments(output_dir=str(folder / "judge"), overwrite_output_dir=True, validation_size=0.2), mined
+    )
+    trainer.train()
+    prediction = trainer.predict(trainer.eval_dataset)
+    print(f"validation ROC-AUC {trainer.state.best_metric:.3f}")
+
+    important = torch.from_numpy(prediction.predictions[prediction.label_ids == 1])
+    thresholds = sorted({important.quantile(1 - recall).item() for recall in RECALLS})
+    options = {"num_assistant_tokens": 16, "max_new_tokens": MAX_NEW_TOKENS}
+    task, judge = GSM8K(), trainer.judge
+    lossless, *rows = evaluate_judge(
+        *pair, tokenizer, take("validation", args.num_validation), task, judge, thresholds=thresholds, **options
+    )
+    print(f"\n{args.num_validation} validation problems, draft length 16")
+    for row in (lossless, *rows):
+        show(row, lossless)
+    good = [row["threshold"] for row in rows if lossless["accuracy"] - row["accuracy"] <= args.max_drop]
+    judge.config.threshold = max(good, default=0.0)
+    trainer.save_model()
+
+    lossless, row = evaluate_judge(
+        *pair, tokenizer, take("test", args.num_test), task, judge, thresholds=[judge.config.threshold], **options
+    )
+    print(f"\n{args.num_test} fresh test problems, used once")
+    show(lossless, lossless)
+    show(row, lossless)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole job on the embedded pair, in five minutes on two CPU cores: mine, train, save, load, decode.
+
+    python examples/quickstart.py
+
+Ends with one table and one response in which the mismatches that the judge let pass are coloured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from autojudge_hf import (
+    AutoJudge,
+    JudgeTrainer,
+    JudgeTrainingArguments,
+    evaluate_judge,
+    judge_decoding,
+    mine_mismatches,
+)
+from autojudge_hf.evaluation import highlight_accepted, measure_decoding
+from autojudge_hf.tasks import GSM8K
+
+
+PAIR = Path(__file__).parent / "tiny_pair"
+MAX_NEW_TOKENS = 320
+
+
+def read(name: str, n: int) -> list[dict]:
+    with open(PAIR / f"gsm8k_{name}.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for _, line in zip(range(n), file)]
+
+
+def choose_threshold(rows: list[dict]) -> float:
+    """The highest threshold that solves as many validation problems as lossless decoding does, or 0."""
+    lossless, *judged = rows
+    return max((row["threshold"] for row in judged if row["accuracy"] >= lossless["accuracy"]), default=0.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--output_dir", default="runs/quickstart", help="where the judge is saved")
+    parser.add_argument("--num_mined", type=int, default=60, help="training problems to mine")
+    parser.add_argument("--num_validation", type=int, default=30, help="validation problems for the threshold")
+    parser.add_argument("--num_test", type=int, default=30, help="held-out problems for the table")
+    parser.add_argument("--num_assistant_tokens", type=int, default=16, help="draft length")
+    args = parser.parse_args()
+    started = time.perf_counter()
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+
+    tokenizer = AutoTokenizer.from_pretrained(PAIR / "target")
+    model, draft = (
+        AutoModelForCausalLM.from_pretrained(PAIR / role, dtype=torch.float32).eval() for role in ("target", "draft")
+    )
+    task = GSM8K()
+
+    print("1. Mine: where do the two models differ, and which differences change the answer?")
+    mined = mine_mismatches(
+        model,
+        draft,
+        tokenizer,
+        read("train", args.num_mined),
+        task,
+        max_new_tokens=MAX_NEW_TOKENS,
+        num_assistant_tokens=8,
+    )
+    print(f"   {len(mined)} mismatches, {sum(mined['label']) / len(mined):.1%} of them important")
+
+    print("2. Train a judge on the target's hidden states, save it, load it back")
+    trainer = JudgeTrainer(
+        JudgeTrainingArguments(output_dir=args.output_dir, overwrite_output_dir=True, validation_size=0.2), mined
+    )
+    trainer.train()
+    trainer.save_model()
+    judge = AutoJudge.from_pretrained(args.output_dir)
+    print(f"   validation ROC-AUC {trainer.state.best_metric:.3f}; saved to {args.output_dir}")
+
+    print("3. Choose the threshold on validation problems")
+    scores = torch.from_numpy(trainer.predict(mined).predictions)[torch.tensor(mined["label"]) == 1]
+    thresholds = [scores.quantile(1 - recall).item() for recall in (0.85, 0.95, 0.99)]
+    rows = evaluate_judge(
+        model,
+        draft,
+        tokenizer,
+        read("validation", args.num_validation),
+        task,
+        judge,
+        thresholds=thresholds,
+        num_assistant_tokens=args.num_assistant_tokens,
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+    judge.config.threshold = choose_threshold(rows)
+    judge.save_pretrained(args.output_dir)
+    print(f"   threshold {judge.config.threshold:.3g}")
+
+    print(f"4. Decode {args.num_test} problems that nothing was chosen on, draft length {args.num_assistant_tokens}")
+    problems = read("test", args.num_test)
+    assisted = {"assistant_model": draft, "do_sample": False}
+    ours = {**assisted, "return_dict_in_generate": True}
+    lossless = functools.partial(judge_decoding, assistant_model=draft, num_assistant_tokens=args.num_assistant_tokens)
+    measure = functools.partial(measure_decoding, model, tokenizer, problems, task, max_new_tokens=MAX_NEW_TOKENS)
+    table = [("target alone", measure("target alone", do_sample=False))]
+    table.append(("assisted generation, its defaults", measure("stock, defaults", **assisted)))
+    # Stock generation takes the draft length from the assistant; 0 turns its early stop off.
+    defaults = draft.generation_config.num_assistant_tokens, draft.generation_config.assistant_confidence_threshold
+    draft.generation_config.num_assistant_tokens = args.num_assistant_tokens
+    draft.generation_config.assistant_confidence_threshold = 0.0
+    table.append(("assisted generation, same draft length", measure("stock, same length", **assisted)))
+    draft.generation_config.num_assistant_tokens, draft.generation_config.assistant_confidence_threshold = defaults
+    table.append(("ours, lossless", measure("lossless", custom_generate=lossless, **ours)))
+    judged = {"judge": judge, "num_assistant_tokens": args.num_assistant_tokens}
+    table.append(("ours, judged", measure("judged", **judged, **ours)))
+
+    problem = problems[0]
+    inputs = tokenizer(task.prompt(problem, tokenizer), return_tensors="pt", add_special_tokens=False)
+    output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, **judged, **assisted)
+    print(f"\n{problem['question']}\n")
+    print(highlight_accepted(model, tokenizer, output[0], inputs["input_ids"].shape[1]))
+    print("\n(coloured: tokens the target would not have written, and the judge let pass)\n")
+
+    print(f"{'':40}  accuracy  tokens/cycle  tokens/s  mean length")
+    for name, row in table:
+        print(
+            f"{name:40}  {row['accuracy']:8.1%}  {row['tokens_per_cycle']:12.2f}  {row['tokens_per_second']:8.0f}"
+            f"  {row['mean_response_length']:11.1f}"
+        )
+    print(f"\n{(time.perf_counter() - started) / 60:.1f} minutes, {torch.get_num_threads()} threads, fp32")
+
+
+if __name__ == "__main__":
+    main()

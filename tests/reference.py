@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Literal references: no caches, no batches, no cleverness. Only as fast as they have to be."""
+
+import torch
+
+
+@torch.no_grad()
+def logits_after(model, tokens):
+    return model(torch.tensor([tokens])).logits[0].float()
+
+
+@torch.no_grad()
+def greedy(model, tokens, max_new_tokens, eos_ids):
+    """Plain greedy decoding: one full forward per token."""
+    tokens = list(tokens)
+    for _ in range(max_new_tokens):
+        tokens.append(logits_after(model, tokens)[-1].argmax().item())
+        if tokens[-1] in eos_ids:
+            break
+    return tokens
+
+
+@torch.no_grad()
+def judged(model, assistant, tokens, max_new_tokens, eos_ids, num_assistant_tokens, weight, bias, threshold):
+    """Judge decoding, greedy, as the paper describes it: draft, verify, keep what matches or scores below."""
+    limit = len(tokens) + max_new_tokens
+    tokens = greedy(model, tokens, 1, eos_ids)
+    matched = judge_accepted = 0
+    while tokens[-1] not in eos_ids and len(tokens) < limit:
+        k = min(num_assistant_tokens, limit - len(tokens) - 1)
+        draft = greedy(assistant, tokens, k, eos_ids)[len(tokens) :]
+        outputs = model(torch.tensor([tokens + draft]), output_hidden_states=True)
+        logits, states = outputs.logits[0].float(), outputs.hidden_states[-1][0].float()
+        for candidate in draft:
+            at = len(tokens) - 1
+            choice = logits[at].argmax().item()
+            score = torch.sigmoid(states[at + 1].double() @ weight.double() + bias.double()).item()
+            if candidate == choice:
+                matched += 1
+            elif score < threshold:
+                judge_accepted += 1
+            else:
+                break
+            tokens.append(candidate)
+            if candidate in eos_ids:
+                return tokens, matched, judge_accepted
+        tokens.append(logits[len(tokens) - 1].argmax().item())
+    return tokens, matched, judge_accepted
+
+
+@torch.no_grad()
+def algorithm_1(model, assistant, tokenizer, task, prompt, max_new_tokens, eos_ids):
+    """The semi-greedy search (arXiv 2504.20039, algorithm 1), `model.generate` for every continuation.
+
+    Yields `(position, candidate, target_token, label)`; nothing where the target gives no answer.
+    """
+
+    def respond(prefix):
+        room = len(prompt) + max_new_tokens - len(prefix)
+        if room == 0 or (len(prefix) > len(prompt) and prefix[-1] in eos_ids):
+            return prefix
+        ids = torch.tensor([prefix])
+        options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "repetition_penalty": 1.0}
+        return model.generate(ids, max_new_tokens=room, **options)[0].tolist()
+
+    def answer(tokens):
+        return task.extract_answers([{}], [tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True)])[0]
+
+    y = respond(prompt)
+    reference = answer(y)
+    t = len(prompt)
+    while reference is not None and t < len(y):
+        candidate = logits_after(assistant, y[:t])[-1].argmax().item()
+        if candidate != y[t]:
+            alternative = respond([*y[:t], candidate])
+            important = not task.equivalent(answer(alternative), reference)
+            yield t, candidate, y[t], int(important)
+            if not important:
+                y = alternative
+        t += 1

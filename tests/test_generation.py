@@ -1,0 +1,508 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoding loop: lossless equality, the judged rule, stopping, settings, refusals."""
+
+import functools
+import inspect
+import logging
+
+import pytest
+import reference
+import torch
+from conftest import MAX_NEW_TOKENS, random_llama, similar_model
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+import autojudge_hf.generation
+from autojudge_hf import AutoJudge, JudgeConfig, JudgeDecoderOnlyOutput, judge_decoding
+from autojudge_hf.tasks import GSM8K
+
+
+TASK = GSM8K()
+PROMPT = torch.tensor([[3, 14, 15, 9, 2, 6, 5]])
+
+
+def encode(tokenizer, problem):
+    return tokenizer(TASK.prompt(problem, tokenizer), return_tensors="pt", add_special_tokens=False)
+
+
+@pytest.fixture(scope="module")
+def random_pair():
+    model = random_llama()
+    return model, similar_model(model)
+
+
+@pytest.fixture
+def linear_judge(random_pair):
+    judge = AutoJudge.from_config(JudgeConfig(hidden_size=32))
+    torch.manual_seed(5)
+    judge.load_state_dict({"weight": torch.randn(32), "bias": torch.zeros(1)})
+    return judge
+
+
+@pytest.fixture
+def top_k():
+    return AutoJudge.from_config(JudgeConfig(judge_type="top_k"))
+
+
+# Lossless
+
+
+def test_lossless_on_200_held_out_problems(target, draft, tokenizer, test_problems, judge):
+    """Equal to plain greedy decoding token for token; a difference must be a tie of the two best logits."""
+    for problem in test_problems[:200]:
+        inputs = encode(tokenizer, problem)
+        expected = target.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+        got = target.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=MAX_NEW_TOKENS,
+            assistant_model=draft,
+            judge=judge,
+            judge_threshold=0.0,
+            num_assistant_tokens=8,
+        )
+        if not torch.equal(got, expected):
+            first = next(i for i, (a, b) in enumerate(zip(got[0], expected[0])) if a != b)
+            best = reference.logits_after(target, expected[0, :first].tolist())[-1].topk(2).values
+            assert best[0] - best[1] < 1e-5, f"position {first}: {best}"
+
+
+@pytest.mark.parametrize("num_assistant_tokens", [1, 5, 16])
+def test_lossless_on_random_models(random_pair, num_assistant_tokens):
+    model, assistant = random_pair
+    expected = reference.greedy(model, PROMPT[0].tolist(), 60, eos_ids=())
+    assert len(set(expected[7:])) >= 3
+    decode = functools.partial(judge_decoding, assistant_model=assistant, num_assistant_tokens=num_assistant_tokens)
+    output = model.generate(
+        PROMPT,
+        do_sample=False,
+        max_new_tokens=60,
+        assistant_model=assistant,
+        custom_generate=decode,
+        return_dict_in_generate=True,
+    )
+    assert output.sequences[0].tolist() == expected
+    assert 0 < output.num_matches < output.num_candidates
+
+
+def test_a_corrupted_cache_is_noticed(random_pair, monkeypatch):
+    """A test of the tests above: a rollback that is off by one must change the tokens."""
+    from transformers import DynamicCache
+
+    model, assistant = random_pair
+    expected = reference.greedy(model, PROMPT[0].tolist(), 60, eos_ids=())
+    crop = DynamicCache.crop
+    monkeypatch.setattr(DynamicCache, "crop", lambda self, n: crop(self, min(0, n + 1)))
+    decode = functools.partial(judge_decoding, assistant_model=assistant, num_assistant_tokens=5)
+    try:
+        got = model.generate(
+            PROMPT, do_sample=False, max_new_tokens=60, assistant_model=assistant, custom_generate=decode
+        )
+    except (RuntimeError, IndexError):
+        return
+    assert got[0].tolist() != expected
+
+
+def test_left_padded_prompt(random_pair, top_k):
+    model, assistant = random_pair
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), PROMPT], dim=1)
+    mask = (torch.arange(11) >= 4).long()[None]
+    options = {"do_sample": False, "max_new_tokens": 30}
+    expected = model.generate(padded, attention_mask=mask, **options)
+    got = model.generate(
+        padded, attention_mask=mask, assistant_model=assistant, judge=top_k, judge_threshold=0.0, **options
+    )
+    assert torch.equal(got, expected)
+
+
+def test_padded_vocabularies(top_k):
+    """Same tokens, embeddings padded to different sizes: the assistant's extra entries are never proposed."""
+    for sizes in ((32, 40), (40, 32)):
+        model, assistant = random_llama(0, sizes[0]), random_llama(1, sizes[1])
+        expected = model.generate(PROMPT, do_sample=False, max_new_tokens=30)
+        options = {"assistant_model": assistant, "judge": top_k, "max_new_tokens": 30}
+        assert torch.equal(model.generate(PROMPT, do_sample=False, judge_threshold=0.0, **options), expected)
+        free = model.generate(PROMPT, do_sample=False, judge_threshold=1.0, **options)
+        sampled = model.generate(PROMPT, do_sample=True, top_k=0, judge_threshold=1.0, **options)
+        assert free.max() < sizes[0] and sampled.max() < sizes[0]
+
+
+def test_repetition_penalty_and_other_processors(random_pair, top_k):
+    model, assistant = random_pair
+
+    class ForbidMultiplesOf(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            scores[:, input_ids.shape[1] % 7 :: 7] = -torch.inf
+            return scores
+
+    options = {"do_sample": False, "max_new_tokens": 50, "repetition_penalty": 1.3}
+    options["logits_processor"] = LogitsProcessorList([ForbidMultiplesOf()])
+    expected = model.generate(PROMPT, **options)
+    got = model.generate(PROMPT, assistant_model=assistant, judge=top_k, judge_threshold=0.0, **options)
+    assert torch.equal(got, expected)
+
+
+def test_position_limits(top_k):
+    """At the assistant's or the target's last position decoding goes on without drafts."""
+    model = random_llama(0, max_position_embeddings=64)
+    assistant = similar_model(model)
+    assistant.config.max_position_embeddings = 20
+    expected = model.generate(PROMPT, do_sample=False, max_new_tokens=57)
+    got = model.generate(
+        PROMPT, do_sample=False, max_new_tokens=57, assistant_model=assistant, judge=top_k, judge_threshold=0.0
+    )
+    assert torch.equal(got, expected)
+
+
+def test_continued_from_a_cache(random_pair, top_k):
+    model, assistant = random_pair
+    options = {"do_sample": False, "assistant_model": assistant, "judge": top_k, "judge_threshold": 0.0}
+    whole = model.generate(PROMPT, max_new_tokens=30, **options)
+    first = model.generate(PROMPT, max_new_tokens=12, return_dict_in_generate=True, **options)
+    assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
+    rest = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=18, **options)
+    assert torch.equal(rest, whole)
+
+
+# Judged
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.9])
+def test_judged_equals_the_literal_loop(random_pair, linear_judge, threshold):
+    model, assistant = random_pair
+    expected, matched, accepted = reference.judged(
+        model, assistant, PROMPT[0].tolist(), 60, (), 5, linear_judge.weight, linear_judge.bias, threshold
+    )
+    output = model.generate(
+        PROMPT,
+        do_sample=False,
+        max_new_tokens=60,
+        assistant_model=assistant,
+        judge=linear_judge,
+        judge_threshold=threshold,
+        num_assistant_tokens=5,
+        return_dict_in_generate=True,
+    )
+    assert output.sequences[0].tolist() == expected
+    assert (output.num_matches.item(), output.num_judge_accepted.item()) == (matched, accepted)
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.9])
+def test_judged_equals_the_literal_loop_on_the_embedded_pair(
+    target, draft, tokenizer, test_problems, judge, threshold
+):
+    eos = (tokenizer.eos_token_id,)
+    for problem in test_problems[:3]:
+        inputs = encode(tokenizer, problem)
+        expected, matched, accepted = reference.judged(
+            target, draft, inputs["input_ids"][0].tolist(), 200, eos, 16, judge.weight, judge.bias, threshold
+        )
+        output = target.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=200,
+            assistant_model=draft,
+            judge=judge,
+            judge_threshold=threshold,
+            num_assistant_tokens=16,
+            return_dict_in_generate=True,
+        )
+        assert output.sequences[0].tolist() == expected
+        assert (output.num_matches.item(), output.num_judge_accepted.item()) == (matched, accepted)
+
+
+def test_threshold_one_accepts_every_candidate(random_pair, linear_judge):
+    model, assistant = random_pair
+    untrained = AutoJudge.from_config(JudgeConfig(hidden_size=32))
+    for judge, threshold, everything in ((linear_judge, 1.0, True), (untrained, 1.0, True), (untrained, 0.999, False)):
+        output = model.generate(
+            PROMPT,
+            do_sample=False,
+            max_new_tokens=41,
+            assistant_model=assistant,
+            judge=judge,
+            judge_threshold=threshold,
+            num_assistant_tokens=4,
+            return_dict_in_generate=True,
+        )
+        accepted = output.num_matches + output.num_judge_accepted
+        assert (accepted == output.num_candidates) == everything
+        # A judge that was never trained has NaN scores: it accepts nothing below 1.
+        assert (output.num_judge_accepted == 0) == (not everything)
+
+
+def test_assistant_states(random_pair):
+    """A judge on both models' states decides by them: the states are those of plain forward passes."""
+    model, assistant = random_pair
+    for position in ("candidate", "previous"):
+        seen = []
+        judge = AutoJudge.from_config(
+            JudgeConfig(hidden_size=32, assistant_hidden_size=32, state_position=position, threshold=0.5)
+        )
+        judge.register_forward_hook(lambda module, args, output, seen=seen: seen.append(args[0]))
+        output = model.generate(
+            PROMPT, do_sample=False, max_new_tokens=30, assistant_model=assistant, judge=judge, num_assistant_tokens=4
+        )[0].tolist()
+        start = PROMPT.shape[1] + 1
+        for inputs in seen:
+            k = inputs.candidate_ids.shape[1]
+            tokens = output[:start] + inputs.candidate_ids[0].tolist()
+            at = slice(start, start + k) if position == "candidate" else slice(start - 1, start - 1 + k)
+            with torch.no_grad():
+                expected = [
+                    m(torch.tensor([tokens]), output_hidden_states=True).hidden_states[-1][0, at]
+                    for m in (assistant, model)
+                ]
+            torch.testing.assert_close(inputs.features[0], torch.cat(expected, dim=-1), atol=1e-4, rtol=1e-4)
+            # An untrained judge accepts nothing: the next cycle begins after the matches and the target's token.
+            matches = 0
+            while matches < k and output[start + matches] == tokens[start + matches]:
+                matches += 1
+            start += matches + 1
+
+
+def test_counts_add_up(random_pair, linear_judge):
+    model, assistant = random_pair
+    output = model.generate(
+        PROMPT,
+        do_sample=False,
+        max_new_tokens=50,
+        assistant_model=assistant,
+        judge=linear_judge,
+        num_assistant_tokens=5,
+        return_dict_in_generate=True,
+    )
+    assert isinstance(output, JudgeDecoderOnlyOutput)
+    for name in ("num_target_forwards", "num_candidates", "num_matches", "num_judge_accepted"):
+        value = getattr(output, name)
+        assert value.shape == (1,) and value.dtype == torch.long
+    # The prefill's token, and per cycle the accepted candidates and the target's own.
+    committed = 1 + output.num_target_forwards + output.num_matches + output.num_judge_accepted
+    assert committed == output.sequences.shape[1] - PROMPT.shape[1]
+    assert output.num_candidates <= 5 * output.num_target_forwards
+
+
+def test_draft_length_keyword_and_default(random_pair, top_k):
+    model, assistant = random_pair
+    options = {"do_sample": False, "max_new_tokens": 10, "assistant_model": assistant, "judge": top_k}
+    options |= {"judge_threshold": 1.0, "return_dict_in_generate": True}
+    assert model.generate(PROMPT, num_assistant_tokens=4, **options).num_candidates == 4 + 3  # the budget's rest
+    assistant.generation_config.num_assistant_tokens = 2
+    try:
+        assert model.generate(PROMPT, **options).num_target_forwards == 3
+    finally:
+        assistant.generation_config.num_assistant_tokens = None
+
+
+# Sampling
+
+
+def test_seeded_sampling_repeats_and_differs_from_greedy(random_pair, linear_judge):
+    model, assistant = random_pair
+    options = {"do_sample": True, "max_new_tokens": 30, "assistant_model": assistant, "judge": linear_judge}
+    runs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        runs.append(model.generate(PROMPT, **options)[0].tolist())
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_sampling_has_the_targets_distribution(top_k):
+    """Two tokens from a vocabulary of 8 against the exact distribution of the processed target."""
+    from scipy.stats import chisquare
+
+    model = random_llama(2, vocab_size=8)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.15)
+    assistant = similar_model(model, noise=0.4)
+    prompt = torch.tensor([[1, 5, 2]])
+    first = (reference.logits_after(model, [1, 5, 2])[-1] / 0.9).softmax(-1)
+    second = torch.stack([(reference.logits_after(model, [1, 5, 2, x])[-1] / 0.9).softmax(-1) for x in range(8)])
+    expected = (first[:, None] * second).flatten().double()
+    options = {"do_sample": True, "temperature": 0.9, "top_k": 0, "max_new_tokens": 3, "assistant_model": assistant}
+    torch.manual_seed(0)
+    counts = torch.zeros(64)
+    for _ in range(1500):
+        a, b = model.generate(prompt, judge=top_k, judge_threshold=0.0, num_assistant_tokens=2, **options)[0, 3:5]
+        counts[a * 8 + b] += 1
+    common = expected * 1500 >= 5
+    observed = torch.cat([counts[common], counts[~common].sum()[None]])
+    ideal = torch.cat([expected[common], expected[~common].sum()[None]])
+    assert chisquare(observed.numpy(), (ideal / ideal.sum() * 1500).numpy()).pvalue > 0.01
+
+
+# Stopping and streaming
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.7])
+def test_stops_where_the_sequence_first_ends(random_pair, top_k, threshold):
+    """EOS lists, length, and any criterion inside a block: the result is the free text, cut at the first stop."""
+    model, assistant = random_pair
+    options = {"do_sample": False, "assistant_model": assistant, "judge": top_k, "judge_threshold": threshold}
+    options |= {"num_assistant_tokens": 6}
+    free = model.generate(PROMPT, max_new_tokens=40, **options)[0].tolist()
+
+    class StopAt(StoppingCriteria):
+        def __init__(self, token):
+            self.token = token
+
+        def __call__(self, input_ids, scores, **kwargs):
+            return input_ids[:, -1] == self.token
+
+    for stop in sorted(set(free[7:]))[:6]:
+        end = free.index(stop, 7) + 1
+        criteria = StoppingCriteriaList([StopAt(stop)])
+        assert (
+            model.generate(PROMPT, max_new_tokens=40, stopping_criteria=criteria, **options)[0].tolist() == free[:end]
+        )
+        # The draft ends at an EOS token too, and then the target's own token follows: only lossless text is the same.
+        if threshold == 0.0:
+            for eos in (stop, [31, stop]):
+                got = model.generate(PROMPT, max_new_tokens=40, eos_token_id=eos, **options)[0].tolist()
+                cut = min(free.index(t, 7) + 1 for t in ([eos] if isinstance(eos, int) else eos) if t in free[7:])
+                assert got == free[:cut]
+    for length in (1, 2, 13):
+        assert model.generate(PROMPT, max_new_tokens=length, **options).shape[1] == 7 + length
+
+
+def test_min_new_tokens(random_pair, top_k):
+    model, assistant = random_pair
+    first = model.generate(PROMPT, do_sample=False, max_new_tokens=1)[0, -1].item()
+    options = {"do_sample": False, "max_new_tokens": 20, "min_new_tokens": 8, "eos_token_id": first}
+    got = model.generate(PROMPT, assistant_model=assistant, judge=top_k, judge_threshold=0.0, **options)
+    assert torch.equal(got, model.generate(PROMPT, **options))
+
+
+def test_streamer_and_scores(random_pair, top_k):
+    model, assistant = random_pair
+
+    class Collect(BaseStreamer):
+        def __init__(self):
+            self.tokens, self.ended = [], 0
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.ended += 1
+
+    streamer = Collect()
+    options = {"do_sample": False, "max_new_tokens": 20, "repetition_penalty": 1.2, "return_dict_in_generate": True}
+    options |= {"output_scores": True, "output_logits": True}
+    expected = model.generate(PROMPT, **options)
+    output = model.generate(
+        PROMPT, assistant_model=assistant, judge=top_k, judge_threshold=0.0, streamer=streamer, **options
+    )
+    assert streamer.tokens == output.sequences[0].tolist() and streamer.ended == 1
+    for name in ("scores", "logits"):
+        torch.testing.assert_close(torch.cat(getattr(output, name)), torch.cat(getattr(expected, name)))
+
+
+# Generation configs as instruct models ship them
+
+
+@pytest.fixture
+def instruct_pair(random_pair):
+    """Sampling on, a repetition penalty, lists of EOS ids, different between the two."""
+    model, assistant = random_pair
+    before = model.generation_config, assistant.generation_config
+    import copy
+
+    model.generation_config, assistant.generation_config = map(copy.deepcopy, before)
+    model.generation_config.update(
+        do_sample=True, temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.05, eos_token_id=[30, 31]
+    )
+    assistant.generation_config.update(do_sample=True, temperature=0.6, repetition_penalty=1.1, eos_token_id=[29, 31])
+    yield model, assistant
+    model.generation_config, assistant.generation_config = before
+
+
+def test_instruct_configs_warn_once_with_the_difference(instruct_pair, linear_judge, caplog):
+    model, assistant = instruct_pair
+    autojudge_hf.generation._warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="autojudge_hf.generation"):
+        for _ in range(2):
+            model.generate(PROMPT, max_new_tokens=8, assistant_model=assistant, judge=linear_judge)
+    assert len(caplog.messages) == 1
+    for part in ("do_sample=True (mined: False)", "temperature=0.7", "repetition_penalty=1.05 (mined: 1.0)"):
+        assert part in caplog.messages[0]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="autojudge_hf.generation"):
+        options = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": 8}
+        model.generate(PROMPT, assistant_model=assistant, judge=linear_judge, **options)
+    assert not caplog.messages
+
+
+def test_instruct_configs_lossless_follows_the_targets_config(instruct_pair, top_k):
+    model, assistant = instruct_pair
+    options = {"do_sample": False, "max_new_tokens": 60}
+    expected = model.generate(PROMPT, **options)
+    got = model.generate(PROMPT, assistant_model=assistant, judge=top_k, judge_threshold=0.0, **options)
+    assert torch.equal(got, expected)
+
+
+# The adapter
+
+
+def test_wrapped_once_and_signature_kept():
+    wrapped = GenerationMixin.generate
+    autojudge_hf.generation.install_judge_argument()
+    assert GenerationMixin.generate is wrapped
+    original = wrapped.__wrapped__
+    assert inspect.signature(wrapped) == inspect.signature(original)
+    assert wrapped.__doc__ == original.__doc__
+
+
+def test_without_judge_the_original_runs(random_pair, monkeypatch):
+    model, assistant = random_pair
+    monkeypatch.setattr(autojudge_hf.generation, "judge_decoding", None)
+    model.generate(PROMPT, max_new_tokens=3, do_sample=False, assistant_model=assistant)
+    with pytest.raises(ValueError, match="judge_threshold"):
+        model.generate(PROMPT, max_new_tokens=3, judge_threshold=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"assistant_model": None}, "assistant_model"),
+        ({"judge_threshold": 1.5}, r"judge_threshold.*\[0, 1\].*1\.5"),
+        ({"judge_threshold": "high"}, r"judge_threshold.*'high'"),
+        ({"judge_threshold": float("nan")}, "judge_threshold"),
+        ({"num_assistant_tokens": 0}, "num_assistant_tokens.*at least 1.*0"),
+        ({"num_assistant_tokens": 2.5}, r"num_assistant_tokens.*2\.5"),
+        ({"judge": "user/judge"}, r"judge.*str.*AutoJudge\.from_pretrained"),
+        ({"num_beams": 2}, "beam search"),
+        ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences|batches"),
+        ({"guidance_scale": 2.0}, "guidance_scale"),
+        ({"use_cache": False}, "use_cache"),
+        ({"cache_implementation": "static"}, "static"),
+        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
+        ({"custom_generate": lambda *args, **kwargs: None}, "custom_generate"),
+    ],
+)
+def test_bad_calls_fail_before_any_forward(random_pair, linear_judge, options, message):
+    model, assistant = random_pair
+    calls = []
+    hooks = [m.register_forward_pre_hook(lambda *args: calls.append(1)) for m in (model, assistant)]
+    with pytest.raises(ValueError, match=message):
+        model.generate(PROMPT, **{"max_new_tokens": 5, "assistant_model": assistant, "judge": linear_judge, **options})
+    for hook in hooks:
+        hook.remove()
+    assert not calls
+
+
+def test_batches_are_refused(random_pair, top_k):
+    model, assistant = random_pair
+    with pytest.raises(ValueError, match="batches .got 2 rows"):
+        model.generate(PROMPT.repeat(2, 1), max_new_tokens=5, assistant_model=assistant, judge=top_k)
+
+
+def test_judge_for_other_sizes_names_both_numbers(random_pair):
+    model, assistant = random_pair
+    for sizes, role in (
+        ({"hidden_size": 64}, "target"),
+        ({"hidden_size": 32, "assistant_hidden_size": 48}, "assistant"),
+    ):
+        judge = AutoJudge.from_config(JudgeConfig(base_model_name_or_path="some/model", **sizes))
+        with pytest.raises(ValueError, match=rf"doesn't fit this {role}.*(64|48).*32.*some/model"):
+            model.generate(PROMPT, max_new_tokens=5, assistant_model=assistant, judge=judge)

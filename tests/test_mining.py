@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mining against a literal transcription of Algorithm 1, on the embedded pair."""
+
+import json
+
+import datasets
+import pytest
+import reference
+import torch
+from conftest import MAX_NEW_TOKENS, random_llama, similar_model
+
+from autojudge_hf import JudgeConfig, LinearJudge, mine_mismatches
+from autojudge_hf.tasks import GSM8K, Task
+
+
+TASK = GSM8K()
+
+
+def prompt_ids(tokenizer, problem):
+    return tokenizer.encode(TASK.prompt(problem, tokenizer), add_special_tokens=False)
+
+
+def found(rows):
+    return [(r["position"], r["candidate_token_id"], r["target_token_id"], r["label"]) for r in rows]
+
+
+def test_labels_equal_algorithm_1(mined, target, draft, tokenizer, train_problems):
+    eos = (tokenizer.eos_token_id,)
+    for i in range(4):
+        expected = reference.algorithm_1(
+            target, draft, tokenizer, TASK, prompt_ids(tokenizer, train_problems[i]), MAX_NEW_TOKENS, eos
+        )
+        assert found(mined.filter(lambda row, i=i: row["example_id"] == i)) == list(expected)
+
+
+def test_rows_describe_themselves(mined, tokenizer, train_problems):
+    last = (-1, -1)
+    for row in mined:
+        assert row["input_ids"][: row["prompt_length"]] == prompt_ids(tokenizer, train_problems[row["example_id"]])
+        assert len(row["input_ids"]) == row["position"] >= row["prompt_length"]
+        assert row["candidate_token_id"] != row["target_token_id"]
+        assert row["candidate_token"] == tokenizer.decode([row["candidate_token_id"]])
+        assert row["target_token"] == tokenizer.decode([row["target_token_id"]])
+        assert len(row["features"]) == 192 and row["label"] in (0, 1)
+        assert (row["example_id"], row["position"]) > last
+        last = row["example_id"], row["position"]
+    (pair,) = mined.unique("pair")
+    pair = json.loads(pair)
+    assert pair["target"]["hidden_size"] == 192 and pair["target"]["dtype"] == "float32"
+    assert pair["task"] == TASK.name and pair["decoding_settings"]["do_sample"] is False
+    assert "/" not in pair["target"]["name"]
+
+
+def test_every_disagreement_has_an_important_mismatch(mined, target, draft, tokenizer, train_problems):
+    """If the two models' own answers differ, the search finds at least one important mismatch."""
+    differed = 0
+    for i, problem in enumerate(train_problems[:12]):
+        answers = []
+        for model in (target, draft):
+            ids = torch.tensor([prompt_ids(tokenizer, problem)])
+            output = model.generate(ids, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+            text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+            answers += TASK.extract_answers([problem], [text])
+        if answers[0] is not None and not TASK.equivalent(answers[1], answers[0]):
+            differed += 1
+            assert any(row["label"] for row in mined if row["example_id"] == i)
+    assert differed > 0
+
+
+def test_features_equal_those_of_decoding(mined, target, draft):
+    """fp32: what mining stored is what verification computes at the same place."""
+    for row in list(mined)[::15]:
+        seen = []
+        judge = LinearJudge(JudgeConfig(hidden_size=192))
+        judge.register_forward_hook(lambda module, args, output, seen=seen: seen.append(args[0]))
+        # Everything up to the mismatch is the prompt but for its last token, which the prefill writes again or not;
+        # a cycle of one candidate then meets the mismatch if the prefill's token is the row's.
+        prefix = torch.tensor([row["input_ids"][:-1]])
+        last, candidate = row["input_ids"][-1], row["candidate_token_id"]
+        target.generate(
+            prefix,
+            assistant_model=Script(draft, [candidate] * 3),
+            judge=judge,
+            judge_threshold=0.5,
+            num_assistant_tokens=3,
+            logits_processor=[Force(prefix.shape[1], last)],
+            do_sample=False,
+            max_new_tokens=5,
+        )
+        torch.testing.assert_close(seen[0].features[0, 0], torch.tensor(row["features"]), atol=1e-5 * 10, rtol=1e-4)
+
+
+class Force:
+    """A logits processor that writes one token at one place."""
+
+    def __init__(self, position, token):
+        self.position, self.token = position, token
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] == self.position:
+            scores[:] = -torch.inf
+            scores[:, self.token] = 0.0
+        return scores
+
+
+class Script(torch.nn.Module):
+    """An assistant that proposes given tokens, whatever it reads."""
+
+    def __init__(self, model, tokens):
+        super().__init__()
+        self.model, self.tokens = model, tokens
+        self.config, self.generation_config, self.device = model.config, model.generation_config, model.device
+
+    def forward(self, **inputs):
+        outputs = self.model(**inputs)
+        outputs.logits[:] = -1.0
+        outputs.logits[:, -1, self.tokens[0]] = 1.0
+        return outputs
+
+
+def test_batch_size_changes_nothing(mined, target, draft, tokenizer, train_problems):
+    options = {"max_new_tokens": MAX_NEW_TOKENS, "num_assistant_tokens": 5}
+    one = mine_mismatches(target, draft, tokenizer, train_problems[:3], TASK, batch_size=1, **options)
+    rows = [row for row in mined if row["example_id"] < 3]
+    assert found(one) == found(rows)
+    torch.testing.assert_close(
+        torch.tensor(one["features"][:]), torch.tensor([r["features"] for r in rows]), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_interrupted_and_resumed(mined, target, draft, tokenizer, train_problems, tmp_path):
+    """Ctrl-C loses nothing that was finished, and the same call goes on to the same dataset."""
+    folder = tmp_path / "mined"
+
+    class Interrupted(GSM8K):
+        calls = 0
+
+        def extract_answers(self, examples, texts):
+            self.calls += 1
+            if self.calls == 30:
+                raise KeyboardInterrupt
+            return super().extract_answers(examples, texts)
+
+    options = {"max_new_tokens": MAX_NEW_TOKENS, "num_assistant_tokens": 8, "output_dir": folder}
+    with pytest.raises(KeyboardInterrupt):
+        mine_mismatches(target, draft, tokenizer, train_problems[:3], Interrupted(), **options)
+    finished = sorted(folder.glob("*.parquet"))
+    assert 0 < len(finished) < 3
+    before = finished[0].stat().st_mtime_ns
+    resumed = mine_mismatches(target, draft, tokenizer, train_problems[:3], TASK, **options)
+    assert finished[0].stat().st_mtime_ns == before
+    assert found(resumed) == found([row for row in mined if row["example_id"] < 3])
+    with pytest.raises(ValueError, match="other settings"):
+        mine_mismatches(target, draft, tokenizer, train_problems[:3], TASK, **{**options, "max_new_tokens": 100})
+
+
+# On random models with a task of our own
+
+
+class LastTokens(Task):
+    """The answer is what the response ends in."""
+
+    name = "last-tokens"
+
+    def __init__(self, prompts, modulus=3):
+        self.prompts, self.modulus = prompts, modulus
+
+    def prompt(self, example, tokenizer):
+        return example["text"]
+
+    def extract_answers(self, examples, texts):
+        return [None if "7" in text.split()[:1] else sum(map(int, text.split()[-4:])) % self.modulus for text in texts]
+
+    def is_correct(self, example, answer):
+        return True
+
+
+class NumberTokenizer:
+    """Token ids as text."""
+
+    def encode(self, text, add_special_tokens):
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids, skip_special_tokens=False):
+        return " ".join(map(str, ids))
+
+
+@pytest.fixture(scope="module")
+def random_pair():
+    model = random_llama(eos_token_id=[30, 31])
+    return model, similar_model(model)
+
+
+EXAMPLES = [{"text": f"3 {i} 15 9 {(i * 5) % 32}"} for i in range(12)]
+
+
+def mine_random(pair, examples=EXAMPLES, **options):
+    return mine_mismatches(
+        *pair, NumberTokenizer(), examples, LastTokens(examples), **{"max_new_tokens": 24, "batch_size": 5, **options}
+    )
+
+
+def test_algorithm_1_on_random_models_under_instruct_configs(random_pair):
+    """Sampling, penalties and EOS ids of the assistant don't matter; the target's EOS list does."""
+    model, assistant = random_pair
+    plain = mine_random(random_pair)
+    assert set(plain["label"]) == {0, 1}
+    expected = []
+    for i, example in enumerate(EXAMPLES):
+        prompt = NumberTokenizer().encode(example["text"], False)
+        task = LastTokens(EXAMPLES)
+        rows = reference.algorithm_1(model, assistant, NumberTokenizer(), task, prompt, 24, (30, 31))
+        expected += [(i, *row) for row in rows]
+    assert [(r["example_id"], *f) for r, f in zip(plain, found(plain))] == expected
+    model.generation_config.update(do_sample=True, temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.3)
+    assistant.generation_config.update(do_sample=True, repetition_penalty=1.1, eos_token_id=[1, 2, 3])
+    try:
+        assert found(mine_random(random_pair)) == found(plain)
+    finally:
+        model.generation_config.update(
+            do_sample=False, temperature=None, top_k=None, top_p=None, repetition_penalty=None
+        )
+        assistant.generation_config.update(do_sample=False, repetition_penalty=None, eos_token_id=[30, 31])
+
+
+def test_assistant_states_come_first(random_pair):
+    both, target_only = mine_random(random_pair, assistant_states=True), mine_random(random_pair)
+    features = torch.tensor(both["features"][:])
+    assert features.shape[1] == 64
+    torch.testing.assert_close(features[:, 32:], torch.tensor(target_only["features"][:]), atol=1e-5, rtol=1e-5)
+    row = both[0]
+    with torch.no_grad():
+        tokens = torch.tensor([[*row["input_ids"], row["candidate_token_id"]]])
+        states = random_pair[1](tokens, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(features[0, :32], states[0, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_response_without_answer_is_skipped_and_counted(random_pair, caplog):
+    class Silent(LastTokens):
+        def extract_answers(self, examples, texts):
+            return [None] * len(texts)
+
+    rows = mine_mismatches(*random_pair, NumberTokenizer(), EXAMPLES[:3], Silent(EXAMPLES), max_new_tokens=8)
+    assert len(rows) == 0 and "3 of 3" in caplog.text
+    assert isinstance(rows, datasets.Dataset) and "label" in rows.column_names
+
+
+def test_bad_input(random_pair, tmp_path):
+    with pytest.raises(ValueError, match=r"Example 1:.*300 tokens.*256 positions"):
+        mine_random(random_pair, [EXAMPLES[0], {"text": " ".join(["1"] * 300)}])
+    (tmp_path / "something.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists and wasn't written by mining"):
+        mine_random(random_pair, output_dir=tmp_path)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        mine_random(random_pair, max_new_tokens=0)
+    with pytest.raises(ValueError, match="state_position"):
+        mine_random(random_pair, state_position="next")
+    with pytest.raises(ValueError, match="question"):
+        mine_mismatches(*random_pair, NumberTokenizer(), [{"text": "?"}], GSM8K(), max_new_tokens=5)

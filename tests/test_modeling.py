@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Judges on disk: what was saved comes back, and nothing else loads."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import random_llama, similar_model
+from safetensors.torch import save_file
+
+from autojudge_hf import AutoJudge, Judge, JudgeConfig, LinearJudge, TopKJudge
+from autojudge_hf.features import JudgeInputs
+
+
+@pytest.fixture
+def linear():
+    judge = AutoJudge.from_config(
+        JudgeConfig(
+            hidden_size=6,
+            assistant_hidden_size=2,
+            threshold=0.25,
+            base_model_name_or_path="org/target",
+            base_model_revision="abc",
+            assistant_model_name_or_path="/home/someone/models/draft",
+            task="gsm8k",
+        )
+    )
+    judge.load_state_dict({"weight": torch.arange(8.0), "bias": torch.tensor([-3.0])})
+    return judge
+
+
+def test_save_and_load(linear, tmp_path):
+    linear.save_pretrained(tmp_path / "judge")
+    loaded = AutoJudge.from_pretrained(tmp_path / "judge")
+    assert isinstance(loaded, LinearJudge) and loaded.config == linear.config
+    for name, tensor in linear.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    files = sorted(str(p.relative_to(tmp_path / "judge")) for p in (tmp_path / "judge").rglob("*") if p.is_file())
+    assert files == [
+        "README.md",
+        "config.json",
+        "custom_generate/generate.py",
+        "custom_generate/requirements.txt",
+        "model.safetensors",
+    ]
+
+
+def test_no_machine_paths_in_config_and_card(linear, tmp_path):
+    linear.save_pretrained(tmp_path)
+    for name in ("config.json", "README.md"):
+        text = (tmp_path / name).read_text()
+        assert "draft" in text and "org/target" in text
+        assert "/home" not in text and str(tmp_path) not in text
+
+
+def test_training_free_judge_needs_nothing(tmp_path):
+    judge = AutoJudge.from_config(JudgeConfig(judge_type="top_k"))
+    judge.save_pretrained(tmp_path)
+    assert isinstance(AutoJudge.from_pretrained(tmp_path), TopKJudge)
+
+
+def test_top_k_accepts_by_rank():
+    logits = torch.tensor([[[5.0, 4.0, 3.0, 2.0, 1.0]]]).expand(1, 5, 5)
+    inputs = JudgeInputs(torch.arange(5)[None], logits, torch.empty(1, 5, 0))
+    scores = torch.sigmoid(TopKJudge(JudgeConfig(judge_type="top_k"))(inputs))[0]
+    assert (scores.diff() > 0).all()
+    for threshold, best in ((0.6, 2), (0.7, 3), (0.76, 4)):
+        assert (scores < threshold).tolist() == [rank <= best for rank in range(1, 6)]
+
+
+def test_linear_score_is_the_dot_product(linear):
+    features = torch.randn(1, 3, 8)
+    inputs = JudgeInputs(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, 4), features)
+    expected = [[sum(w * x for w, x in enumerate(row)) - 3.0 for row in rows] for rows in features.tolist()]
+    torch.testing.assert_close(linear(inputs), torch.tensor(expected))
+    torch.testing.assert_close(linear.predict_proba(features[0]), torch.sigmoid(torch.tensor(expected[0])))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "messages"),
+    [
+        ({"weight": torch.zeros(8)}, ["missing: bias"]),
+        ({"weight": torch.zeros(8), "bias": torch.zeros(1), "more": torch.zeros(1)}, ["unexpected: more"]),
+        ({"weight": torch.zeros(9), "bias": torch.zeros(1)}, ["weight", "[8]", "[9]"]),
+        ({"weight": torch.full((8,), torch.nan), "bias": torch.tensor([torch.inf])}, ["weight", "bias", "finite"]),
+        ({"weight": torch.zeros(8).half(), "bias": torch.zeros(1)}, ["weight", "F32", "F16"]),
+        ({"wait": torch.zeros(8)}, ["missing: bias", "missing: weight", "unexpected: wait"]),
+    ],
+)
+def test_wrong_tensors_are_all_named(linear, tmp_path, tensors, messages):
+    linear.save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError) as error:
+        AutoJudge.from_pretrained(tmp_path)
+    for message in messages:
+        assert message in str(error.value)
+
+
+def test_broken_files(linear, tmp_path):
+    linear.save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    good = weights.read_bytes(), config.read_text()
+    for content in (b"", b"not safetensors", good[0][:-5]):
+        weights.write_bytes(content)
+        with pytest.raises(ValueError, match="valid safetensors"):
+            AutoJudge.from_pretrained(tmp_path)
+    weights.write_bytes(good[0])
+    for content, message in (
+        ("{", "valid JSON"),
+        ("[]", "isn't a judge's"),
+        ('{"model_type": "llama"}', "isn't a judge's"),
+        (json.dumps({**json.loads(good[1]), "judge_type": "oracle"}), "'oracle'.*linear.*top_k"),
+        (json.dumps({**json.loads(good[1]), "from_the_future": 1}), "from_the_future.*upgrade"),
+        (json.dumps({**json.loads(good[1]), "threshold": 2}), "threshold"),
+        (json.dumps({**json.loads(good[1]), "hidden_size": "6"}), "hidden_size"),
+    ):
+        config.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            AutoJudge.from_pretrained(tmp_path)
+    config.unlink()
+    with pytest.raises(OSError, match=r"config\.json.*model\.safetensors"):
+        AutoJudge.from_pretrained(tmp_path)
+    with pytest.raises(OSError):
+        AutoJudge.from_pretrained("nobody/no-such-judge")
+
+
+def test_config_defaults_and_refusals():
+    for judge_type, size in (("linear", {"hidden_size": 4}), ("top_k", {})):
+        assert isinstance(AutoJudge.from_config(JudgeConfig(judge_type=judge_type, **size)), Judge)
+    with pytest.raises(ValueError, match="hidden_size"):
+        AutoJudge.from_config(JudgeConfig())
+    with pytest.raises(ValueError, match="state_position.*'next'"):
+        JudgeConfig(state_position="next")
+    with pytest.raises(OSError, match="from_pretrained"):
+        AutoJudge()
+
+
+def test_saved_judge_as_custom_generate(tmp_path):
+    """A process that never imports the library itself decodes with the judge's folder alone."""
+    model = random_llama()
+    model.save_pretrained(tmp_path / "target")
+    similar_model(model).save_pretrained(tmp_path / "draft")
+    judge = AutoJudge.from_config(JudgeConfig(judge_type="top_k"))
+    judge.save_pretrained(tmp_path / "judge")
+    code = f"""
+import torch
+from transformers import AutoModelForCausalLM
+load = lambda name: AutoModelForCausalLM.from_pretrained({str(tmp_path)!r} + "/" + name, dtype=torch.float32)
+output = load("target").generate(
+    torch.tensor([[3, 14, 15]]), assistant_model=load("draft"), do_sample=False, max_new_tokens=20,
+    custom_generate={str(tmp_path / "judge")!r}, trust_remote_code=True,
+)
+print("tokens", output[0].tolist())
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    expected = model.generate(
+        torch.tensor([[3, 14, 15]]),
+        assistant_model=similar_model(model),
+        judge=judge,
+        do_sample=False,
+        max_new_tokens=20,
+    )
+    assert f"tokens {expected[0].tolist()}" in result.stdout
