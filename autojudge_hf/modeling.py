@@ -90,7 +90,7 @@ class LinearJudge(Judge):
         super().__init__(config)
         if config.num_features == 0:
             raise ValueError(
-                "A linear judge reads hidden states: set `hidden_size` (the target's), `assistant_hidden_size` or both."
+                "A linear judge reads hidden states: set `hidden_size` (the target's) or `assistant_hidden_size`."
             )
         self.weight = nn.Parameter(torch.full((config.num_features,), float("nan")), requires_grad=False)
         self.bias = nn.Parameter(torch.full((1,), float("nan")), requires_grad=False)

@@ -32,12 +32,13 @@ RECALLS = (0.8, 0.85, 0.9, 0.94, 0.97, 0.99)
 
 
 def show(row: dict, lossless: dict) -> None:
-    drop = lossless["accuracy"] - row["accuracy"]
-    low, high = paired_interval(lossless["correct"], row["correct"])
+    drop, interval = lossless["accuracy"] - row["accuracy"], paired_interval(lossless["correct"], row["correct"])
     name = "lossless" if row["threshold"] is None else f"threshold {row['threshold']:.4f}"
+    gain = row["tokens_per_cycle"] / lossless["tokens_per_cycle"]
     print(
-        f"{name:18}  accuracy {row['accuracy']:.1%}  drop {100 * drop:+.2f} points "
-        f"[{100 * low:+.2f}, {100 * high:+.2f}]  tokens/cycle {row['tokens_per_cycle']:.2f} (x{row['tokens_per_cycle'] / lossless['tokens_per_cycle']:.2f})"
+        f"{name:18}  accuracy {row['accuracy']:.1%}"
+        f"  drop {100 * drop:+.2f} points [{100 * interval[0]:+.2f}, {100 * interval[1]:+.2f}]"
+        f"  tokens/cycle {row['tokens_per_cycle']:.2f} (x{gain:.2f})"
         f"  tokens/s {row['tokens_per_second']:.0f}  mean length {row['mean_response_length']:.0f}"
     )
 

@@ -8,6 +8,7 @@ import pytest
 import reference
 import torch
 from conftest import MAX_NEW_TOKENS, random_llama, similar_model
+from transformers import LogitsProcessorList
 
 from autojudge_hf import JudgeConfig, LinearJudge, mine_mismatches
 from autojudge_hf.tasks import GSM8K, Task
@@ -73,8 +74,7 @@ def test_features_equal_those_of_decoding(mined, target, draft):
         seen = []
         judge = LinearJudge(JudgeConfig(hidden_size=192))
         judge.register_forward_hook(lambda module, args, output, seen=seen: seen.append(args[0]))
-        # Everything up to the mismatch is the prompt but for its last token, which the prefill writes again or not;
-        # a cycle of one candidate then meets the mismatch if the prefill's token is the row's.
+        # The prefill writes the last token before the mismatch (forced), the scripted draft proposes the candidate.
         prefix = torch.tensor([row["input_ids"][:-1]])
         last, candidate = row["input_ids"][-1], row["candidate_token_id"]
         target.generate(
@@ -83,11 +83,11 @@ def test_features_equal_those_of_decoding(mined, target, draft):
             judge=judge,
             judge_threshold=0.5,
             num_assistant_tokens=3,
-            logits_processor=[Force(prefix.shape[1], last)],
+            logits_processor=LogitsProcessorList([Force(prefix.shape[1], last)]),
             do_sample=False,
             max_new_tokens=5,
         )
-        torch.testing.assert_close(seen[0].features[0, 0], torch.tensor(row["features"]), atol=1e-5 * 10, rtol=1e-4)
+        torch.testing.assert_close(seen[0].features[0, 0], torch.tensor(row["features"]), atol=1e-5, rtol=1e-5)
 
 
 class Force:
