@@ -105,7 +105,8 @@ class JudgeCandidateGenerator(CandidateGenerator):
         mask = self.attention_mask
         if mask is not None:
             mask = torch.nn.functional.pad(mask, (0, sequence.shape[1] - mask.shape[1]), value=1)
-        tokens = sequence[:, self.cache.get_seq_length() :]
+        # Where the target has more tokens than the assistant, any other token will do: only the draft gets worse.
+        tokens = sequence[:, self.cache.get_seq_length() :].clamp(max=vocab_size(self.assistant_model) - 1)
         return cached_forward(self.assistant_model, tokens, self.cache, mask, output_hidden_states=self.output_states)
 
     def _padded(self, logits: torch.Tensor) -> torch.Tensor:

@@ -43,6 +43,7 @@ def test_help_is_fast(script):
 
 
 @pytest.mark.skipif(not GSM8K_DATA.is_dir(), reason="no real GSM8K rows at ../shared/data/gsm8k")
+@pytest.mark.slow
 def test_mine_train_generate_on_real_questions(tmp_path):
     """The embedded pair writes nonsense here, and the whole way works all the same."""
     pair = ["--model_name_or_path", PAIR / "target", "--assistant_model_name_or_path", PAIR / "draft"]

@@ -47,6 +47,7 @@ def top_k():
 # Lossless
 
 
+@pytest.mark.slow
 def test_lossless_on_200_held_out_problems(target, draft, tokenizer, test_problems, judge):
     """Equal to plain greedy decoding token for token; a difference must be a tie of the two best logits."""
     for problem in test_problems[:200]:
@@ -188,6 +189,7 @@ def test_judged_equals_the_literal_loop(random_pair, linear_judge, threshold):
 
 
 @pytest.mark.parametrize("threshold", [0.1, 0.5, 0.9])
+@pytest.mark.slow
 def test_judged_equals_the_literal_loop_on_the_embedded_pair(
     target, draft, tokenizer, test_problems, judge, threshold
 ):
@@ -313,7 +315,7 @@ def test_sampling_has_the_targets_distribution(top_k):
 
     model = random_llama(2, vocab_size=8)
     with torch.no_grad():
-        model.lm_head.weight.mul_(0.15)
+        model.lm_head.weight.mul_(0.4)
     assistant = similar_model(model, noise=0.4)
     prompt = torch.tensor([[1, 5, 2]])
     first = (reference.logits_after(model, [1, 5, 2])[-1] / 0.9).softmax(-1)
@@ -321,14 +323,18 @@ def test_sampling_has_the_targets_distribution(top_k):
     expected = (first[:, None] * second).flatten().double()
     options = {"do_sample": True, "temperature": 0.9, "top_k": 0, "max_new_tokens": 3, "assistant_model": assistant}
     torch.manual_seed(0)
-    counts = torch.zeros(64)
-    for _ in range(1500):
+    counts, num_samples = torch.zeros(64), 1000
+    for _ in range(num_samples):
         a, b = model.generate(prompt, judge=top_k, judge_threshold=0.0, num_assistant_tokens=2, **options)[0, 3:5]
         counts[a * 8 + b] += 1
-    common = expected * 1500 >= 5
-    observed = torch.cat([counts[common], counts[~common].sum()[None]])
-    ideal = torch.cat([expected[common], expected[~common].sum()[None]])
-    assert chisquare(observed.numpy(), (ideal / ideal.sum() * 1500).numpy()).pvalue > 0.01
+    # Rare pairs are pooled, so that every expected count is large enough for the test.
+    common = expected * num_samples >= 5
+    observed, ideal = counts[common].tolist(), (expected[common] * num_samples).tolist()
+    if not common.all():
+        observed.append(counts[~common].sum().item())
+        ideal.append(expected[~common].sum().item() * num_samples)
+    assert len(ideal) > 10
+    assert chisquare(observed, [x * num_samples / sum(ideal) for x in ideal]).pvalue > 0.01
 
 
 # Stopping and streaming

@@ -25,6 +25,7 @@ def found(rows):
     return [(r["position"], r["candidate_token_id"], r["target_token_id"], r["label"]) for r in rows]
 
 
+@pytest.mark.slow
 def test_labels_equal_algorithm_1(mined, target, draft, tokenizer, train_problems):
     eos = (tokenizer.eos_token_id,)
     for i in range(4):
@@ -34,6 +35,7 @@ def test_labels_equal_algorithm_1(mined, target, draft, tokenizer, train_problem
         assert found(mined.filter(lambda row, i=i: row["example_id"] == i)) == list(expected)
 
 
+@pytest.mark.slow
 def test_rows_describe_themselves(mined, tokenizer, train_problems):
     last = (-1, -1)
     for row in mined:
@@ -52,6 +54,7 @@ def test_rows_describe_themselves(mined, tokenizer, train_problems):
     assert "/" not in pair["target"]["name"]
 
 
+@pytest.mark.slow
 def test_every_disagreement_has_an_important_mismatch(mined, target, draft, tokenizer, train_problems):
     """If the two models' own answers differ, the search finds at least one important mismatch."""
     differed = 0
@@ -68,6 +71,7 @@ def test_every_disagreement_has_an_important_mismatch(mined, target, draft, toke
     assert differed > 0
 
 
+@pytest.mark.slow
 def test_features_equal_those_of_decoding(mined, target, draft):
     """fp32: what mining stored is what verification computes at the same place."""
     for row in list(mined)[::15]:
@@ -118,6 +122,7 @@ class Script(torch.nn.Module):
         return outputs
 
 
+@pytest.mark.slow
 def test_batch_size_changes_nothing(mined, target, draft, tokenizer, train_problems):
     options = {"max_new_tokens": MAX_NEW_TOKENS, "num_assistant_tokens": 5}
     one = mine_mismatches(target, draft, tokenizer, train_problems[:3], TASK, batch_size=1, **options)
@@ -128,6 +133,7 @@ def test_batch_size_changes_nothing(mined, target, draft, tokenizer, train_probl
     )
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed(mined, target, draft, tokenizer, train_problems, tmp_path):
     """Ctrl-C loses nothing that was finished, and the same call goes on to the same dataset."""
     folder = tmp_path / "mined"

@@ -58,6 +58,7 @@ def test_saved_judge_equals_scikit_learn(tmp_path):
     np.testing.assert_allclose(loaded.predict_proba(torch.from_numpy(features)).numpy(), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_saved_judge_equals_scikit_learn_on_mined_features(mined, tmp_path):
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler

@@ -63,6 +63,24 @@ def milliseconds(model, num_tokens: int, repeats: int = 100) -> float:
     return 1000 * statistics.median(times[10:])
 
 
+@torch.inference_mode()
+def state_gap(dtype: torch.dtype, rows: list[dict]) -> float:
+    """Mean relative difference of a candidate's state between a pass of 2 tokens (mining) and one of 17 (decoding)."""
+    model = AutoModelForCausalLM.from_pretrained(HERE / "target", dtype=dtype).eval()
+    gaps = []
+    for row in rows:
+        tokens = torch.tensor([[*row["input_ids"], row["candidate_token_id"], *row["input_ids"][:15]]])
+        start, states = row["position"] - 1, []
+        for length in (2, 17):
+            cache = DynamicCache(config=model.config)
+            model(tokens[:, :start], past_key_values=cache)
+            block = tokens[:, start : start + length]
+            outputs = model(block, past_key_values=cache, output_hidden_states=True)
+            states.append(outputs.hidden_states[-1][0, 1].float())
+        gaps.append(((states[0] - states[1]).norm() / states[1].norm()).item())
+    return statistics.mean(gaps)
+
+
 def cross_validated_auc(features, labels, groups, scale) -> float:
     """Best ROC-AUC over C, five folds by example, scores pooled."""
     scores = []
@@ -127,6 +145,10 @@ def main() -> None:
     )
     print(f"4. mean response: {length:.0f} tokens")
     print(f"5. ROC-AUC, 5-fold by problem: token identities {by_token:.3f}, target states {by_state:.3f}")
+    gaps = [state_gap(dtype, list(mined)[:200]) for dtype in (torch.float32, torch.bfloat16)]
+    print(
+        f"6. states of a 2-token and a 17-token pass differ by {gaps[0]:.1e} in fp32, {gaps[1]:.1e} in bf16 (relative)"
+    )
 
 
 if __name__ == "__main__":

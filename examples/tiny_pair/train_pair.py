@@ -55,6 +55,7 @@ SHAPES = {
     "target": {"num_hidden_layers": 8, "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 3},
     "draft": {"num_hidden_layers": 2, "hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 2},
 }
+STEPS = {"target": 2800, "draft": 4000}
 IGNORE = -100
 
 
@@ -163,8 +164,6 @@ def train_model(name: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Na
         if step % 200 == 0 or step == args.steps - 1:
             minutes = (time.perf_counter() - started) / 60
             tqdm.write(f"step {step} loss {running:.4f} tokens {tokens / 1e6:.2f}M minutes {minutes:.1f}")
-        if args.checkpoint_every and step and step % args.checkpoint_every == 0:
-            model.save_pretrained(f"{args.out}-{step}")
     return model
 
 
@@ -172,12 +171,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("part", choices=["tokenizer", "target", "draft"])
     parser.add_argument("--out", type=Path, help="folder to write (default: beside this script)")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, help=f"default: {STEPS}")
     parser.add_argument("--batch_size", type=int, default=24)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--checkpoint_every", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.part == "tokenizer":
@@ -186,6 +184,7 @@ def main() -> None:
             tokenizer.save_pretrained(args.out or HERE / name)
         return
     args.out = args.out or HERE / args.part
+    args.steps = args.steps or STEPS[args.part]
     tokenizer = PreTrainedTokenizerFast.from_pretrained(HERE / args.part)
     model = train_model(args.part, tokenizer, args)
     model.to(torch.bfloat16).save_pretrained(args.out)
