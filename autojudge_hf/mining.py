@@ -91,7 +91,7 @@ def mine_mismatches(
     prompts = [searcher.prompt_ids(i, example) for i, example in enumerate(examples)]
     pair = searcher.pair()
     store = _Store(output_dir, pair, max_new_tokens)
-    rows: dict[int, list[dict[str, Any]]] = store.load()
+    rows: dict[int, list[dict[str, Any]]] = store.load(prompts)
     waiting = [i for i in range(len(examples)) if i not in rows]
 
     with tqdm(total=len(examples), initial=len(rows), desc="mining", unit="problem") as progress:
@@ -333,15 +333,29 @@ class _Store:
     def save(self, example_id: int, rows: list[dict[str, Any]]) -> None:
         if self.folder is None:
             return
+        import pyarrow.parquet
+
         part = self.folder / f"example-{example_id:06d}.part"
-        _to_dataset(rows, self.pair).to_parquet(part)
+        pyarrow.parquet.write_table(_to_dataset(rows, self.pair).with_format("arrow")[:], part)
         part.rename(part.with_suffix(".parquet"))
 
-    def load(self) -> dict[int, list[dict[str, Any]]]:
-        import datasets
+    def load(self, prompts: list[list[int]]) -> dict[int, list[dict[str, Any]]]:
+        """The finished examples among those that `prompts` belong to."""
+        import pyarrow.parquet
 
-        paths = sorted(self.folder.glob("example-*.parquet")) if self.folder else []
-        return {int(path.stem.split("-")[1]): datasets.Dataset.from_parquet(str(path)).to_list() for path in paths}
+        finished = {}
+        for path in sorted(self.folder.glob("example-*.parquet")) if self.folder else []:
+            example_id = int(path.stem.split("-")[1])
+            if example_id >= len(prompts):
+                continue
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+            if rows and rows[0]["input_ids"][: rows[0]["prompt_length"]] != prompts[example_id]:
+                raise ValueError(
+                    f"{path.name} in {self.folder} was mined from another example {example_id}. Mine another dataset "
+                    "into another folder."
+                )
+            finished[example_id] = rows
+        return finished
 
 
 def _to_dataset(rows: list[dict[str, Any]], pair: dict[str, Any]) -> datasets.Dataset:

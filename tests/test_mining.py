@@ -156,6 +156,8 @@ def test_interrupted_and_resumed(mined, target, draft, tokenizer, train_problems
     resumed = mine_mismatches(target, draft, tokenizer, train_problems[:3], TASK, **options)
     assert finished[0].stat().st_mtime_ns == before
     assert found(resumed) == found([row for row in mined if row["example_id"] < 3])
+    with pytest.raises(ValueError, match="another example"):
+        mine_mismatches(target, draft, tokenizer, train_problems[1:3], TASK, **options)
     with pytest.raises(ValueError, match="other settings"):
         mine_mismatches(target, draft, tokenizer, train_problems[:3], TASK, **{**options, "max_new_tokens": 100})
 

@@ -131,7 +131,8 @@ def train_model(name: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Na
         pad_token_id=tokenizer.pad_token_id,
         **SHAPES[name],
     )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config) if args.init_from is None else LlamaForCausalLM.from_pretrained(args.init_from)
+    model.float().train()
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = [
@@ -175,6 +176,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=24)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--init_from", type=Path, help="continue an earlier run from its folder")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
