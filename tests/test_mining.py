@@ -62,7 +62,9 @@ def test_every_disagreement_has_an_important_mismatch(mined, target, draft, toke
         answers = []
         for model in (target, draft):
             ids = torch.tensor([prompt_ids(tokenizer, problem)])
-            output = model.generate(ids, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+            output = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=MAX_NEW_TOKENS
+            )
             text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
             answers += TASK.extract_answers([problem], [text])
         if answers[0] is not None and not TASK.equivalent(answers[1], answers[0]):
@@ -83,6 +85,7 @@ def test_features_equal_those_of_decoding(mined, target, draft):
         last, candidate = row["input_ids"][-1], row["candidate_token_id"]
         target.generate(
             prefix,
+            attention_mask=torch.ones_like(prefix),
             assistant_model=Script(draft, [candidate] * 3),
             judge=judge,
             judge_threshold=0.5,

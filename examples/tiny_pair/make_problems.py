@@ -119,17 +119,34 @@ def draw_problem(rng: random.Random) -> Problem:
         return Problem(quantities, question, tuple(asked), number)
 
 
-class Writer:
-    """Puts one problem into words: `question` and `answer`, with every free choice drawn from `rng`."""
+class FirstChoices(random.Random):
+    """Decides every free choice in the plainest way: the first of the choices, and no extras."""
 
-    def __init__(self, problem: Problem, rng: random.Random):
+    def choice(self, seq):
+        return seq[0]
+
+    def random(self) -> float:
+        return 1.0
+
+    def randrange(self, *args) -> int:
+        return 0
+
+    def shuffle(self, x) -> None:
+        pass
+
+
+class Writer:
+    """Puts one problem into words. The question's choices are drawn from `rng`, the answer's from `style`."""
+
+    def __init__(self, problem: Problem, rng: random.Random, style: random.Random):
         self.problem = problem
         self.rng = rng
+        self.style = style
         self.names = rng.sample(NAMES, len(problem.quantities))
         self.thing = rng.choice(THINGS)
         asides = rng.sample(DISTRACTIONS, rng.choice((0, 1, 1, 2)))
         self.asides = [(text, short, rng.randint(3, 40), rng.choice(NAMES)) for text, short in asides]
-        self.label_style = rng.choice(("none", "number", "step", "word", "word"))
+        self.label_style = style.choice(("none", "number", "step", "word", "word"))
         self.lines: list[str] = []
 
     def pick(self, *choices: str) -> str:
@@ -187,14 +204,17 @@ class Writer:
 
     # The solution
 
+    def phrase(self, *choices: str) -> str:
+        return self.style.choice(choices)
+
     def label(self) -> str:
         n = len(self.lines) + 1
         if self.label_style == "number":
             return f"{n}. "
         if self.label_style == "step":
             return f"Step {n}: "
-        if self.label_style == "word" and self.rng.random() < 0.5:
-            return self.pick("Now, ", "Next, ", "Also, ") if self.lines else "First, "
+        if self.label_style == "word" and self.style.random() < 0.5:
+            return self.phrase("Now, ", "Next, ", "Also, ") if self.lines else "First, "
         return ""
 
     def add(self, line: str) -> None:
@@ -206,30 +226,30 @@ class Writer:
         self.lines.append(label + line)
 
     def commuted(self, a: int, sign: str, b: int) -> str:
-        return self.pick(f"{a} {sign} {b}", f"{b} {sign} {a}")
+        return self.phrase(f"{a} {sign} {b}", f"{b} {sign} {a}")
 
     def working(self, i: int) -> tuple[str, str]:
         """The formula for quantity i, and one that checks it."""
         q = self.problem.quantities[i]
         base = self.problem.quantities[q.reference].value
         if q.kind == "more":
-            return self.commuted(base, "+", q.number), self.pick(
+            return self.commuted(base, "+", q.number), self.phrase(
                 f"{q.value} - {q.number} = {base}", f"{q.value} - {base} = {q.number}"
             )
         if q.kind == "fewer":
             return f"{base} - {q.number}", self.commuted(q.value, "+", q.number) + f" = {base}"
         if q.kind == "times":
             formula = self.commuted(base, "*", q.number)
-            if q.number < 4 and self.rng.random() < 0.4:
+            if q.number < 4 and self.style.random() < 0.4:
                 formula = " + ".join([str(base)] * q.number)
             return formula, f"{q.value} / {q.number} = {base}"
-        return f"{base} / 2", self.pick(f"{q.value} + {q.value}", f"2 * {q.value}") + f" = {base}"
+        return f"{base} / 2", self.phrase(f"{q.value} + {q.value}", f"2 * {q.value}") + f" = {base}"
 
     def step(self, i: int) -> None:
         q, name, thing = self.problem.quantities[i], self.names[i], self.thing
         if q.kind == "given":
             self.add(
-                self.pick(
+                self.phrase(
                     f"{name} has {q.value} {thing}.",
                     f"{name} starts with {q.value} {thing}, as the problem says.",
                     f"For {name} the problem gives {q.value} {thing}.",
@@ -246,7 +266,7 @@ class Writer:
         }[q.kind]
         formula, check = self.working(i)
         self.add(
-            self.pick(
+            self.phrase(
                 f"{name} has {relation}, so {name} has {formula} = {q.value} {thing}.",
                 f"{name} has {relation}, and {other} has {base}. That makes {formula} = {q.value}.",
                 f"For {name} we take {relation}: {formula} = {q.value} {thing}.",
@@ -254,12 +274,12 @@ class Writer:
                 f"{name} has {formula} = {q.value} {thing}.",
             )
         )
-        if self.rng.random() < 0.35:
-            self.lines[-1] += self.pick(f" Check: {check}.", f" ({check})")
+        if self.style.random() < 0.35:
+            self.lines[-1] += self.phrase(f" Check: {check}.", f" ({check})")
 
     def recap(self, order: list[int]) -> None:
         parts = [f"{self.names[i]} {self.problem.quantities[i].value}" for i in order]
-        self.add(self.pick("So far: ", "We have ", "In short: ") + ", ".join(parts) + ".")
+        self.add(self.phrase("So far: ", "We have ", "In short: ") + ", ".join(parts) + ".")
 
     def combine(self) -> int:
         """Answers the question from the quantities."""
@@ -271,29 +291,29 @@ class Writer:
             more, less = (self.names[i] for i in order)
             d = a - b
             self.add(
-                self.pick(
+                self.phrase(
                     f"{more} has {a} and {less} has {b}, so the difference is {a} - {b} = {d}.",
                     f"{less} has {b} and {more} has {a}, so the difference is {a} - {b} = {d}.",
                     f"{more} has {a} {thing} and {less} has {b}, and {a} - {b} = {d}.",
                 )
             )
             return d
-        self.rng.shuffle(order)
-        if len(order) > 1 and self.rng.random() < 0.5:
+        self.style.shuffle(order)
+        if len(order) > 1 and self.style.random() < 0.5:
             self.recap(order)
-            self.rng.shuffle(order)
+            self.style.shuffle(order)
         total = values[order[0]]
         for position, i in enumerate(order[1:]):
             name, previous = self.names[i], self.names[order[position]]
             formula, total = self.commuted(total, "+", values[i]), total + values[i]
             if position == 0:
-                line = self.pick(
+                line = self.phrase(
                     f"{previous} and {name} have {formula} = {total} {thing}.",
                     f"Adding {previous} and {name}: {formula} = {total}.",
                     f"{previous} and {name} together: {formula} = {total} {thing}.",
                 )
             else:
-                line = self.pick(
+                line = self.phrase(
                     f"With {name} that makes {formula} = {total} {thing}.",
                     f"Adding {name}: {formula} = {total}.",
                     f"{name} brings it to {formula} = {total}.",
@@ -302,7 +322,7 @@ class Writer:
         if p.question == "left":
             left = total - p.number
             self.add(
-                self.pick(
+                self.phrase(
                     f"After giving away {p.number} {thing}, {total} - {p.number} = {left} are left.",
                     f"They give away {p.number}, so {total} - {p.number} = {left} {thing} are left.",
                     f"Without the {p.number} given away it is {total} - {p.number} = {left} {thing}.",
@@ -316,14 +336,14 @@ class Writer:
         p, who = self.problem, self.listing(self.problem.asked)
         if p.question == "difference":
             more, less = (self.names[i] for i in p.asked)
-            return self.pick(
+            return self.phrase(
                 f"how many more {self.thing} {more} has than {less}",
                 f"how many fewer {self.thing} {less} has than {more}",
                 f"the difference between {more} and {less}",
             )
         if p.question == "left":
-            return self.pick(f"how many {self.thing} remain for {who}", f"what {who} kept of the {self.thing}")
-        return self.pick(f"how many {self.thing} {who} have together", f"the total number of {self.thing} for {who}")
+            return self.phrase(f"how many {self.thing} remain for {who}", f"what {who} kept of the {self.thing}")
+        return self.phrase(f"how many {self.thing} {who} have together", f"the total number of {self.thing} for {who}")
 
     def with_references(self, indices: set[int]) -> set[int]:
         """`indices` and every quantity that they are given relative to."""
@@ -339,42 +359,42 @@ class Writer:
 
     def answer(self) -> str:
         quantities = self.problem.quantities
-        opening = self.pick(
+        opening = self.phrase(
             "", "Let us go step by step. ", "We work it out. ", "Here is how to solve it. ", "Let us see. "
-        ) + self.pick("We want to know ", "The question is ", "We need ")
+        ) + self.phrase("We want to know ", "The question is ", "We need ")
         opening += self.goal() + ". "
         # A careful solver sometimes works out what nobody asked for.
-        extra = {i for i in range(len(quantities)) if self.rng.random() < 0.5}
+        extra = {i for i in range(len(quantities)) if self.style.random() < 0.5}
         open_steps = self.with_references(extra | set(self.problem.asked))
         done: set[int] = set()
         remarks = [
-            self.pick("Never mind", "We can ignore") + f" the {short.format(n=n)}."
+            self.phrase("Never mind", "We can ignore") + f" the {short.format(n=n)}."
             for _, short, n, _ in self.asides
-            if self.rng.random() < 0.6
+            if self.style.random() < 0.6
         ]
         while open_steps:
-            if remarks and self.rng.random() < 0.3:
-                self.add(remarks.pop(self.rng.randrange(len(remarks))))
+            if remarks and self.style.random() < 0.3:
+                self.add(remarks.pop(self.style.randrange(len(remarks))))
             ready = [i for i in sorted(open_steps) if quantities[i].kind == "given" or quantities[i].reference in done]
-            i = self.rng.choice(ready)
+            i = self.style.choice(ready)
             open_steps.remove(i)
             done.add(i)
             self.step(i)
         result = self.combine()
-        unit = "" if self.rng.random() < 0.3 else f" {self.thing}"
-        closing = self.pick("So the answer is ", "This gives ", "In the end we get ") + f"{result}{unit}."
+        unit = "" if self.style.random() < 0.3 else f" {self.thing}"
+        closing = self.phrase("So the answer is ", "This gives ", "In the end we get ") + f"{result}{unit}."
         return opening + " ".join([*self.lines, closing]) + f"\n#### {result}"
 
 
-def problems(split: str, seed: int) -> Iterator[dict[str, str]]:
-    """Endless problems of one split, no two with the same question."""
+def problems(split: str, seed: int, plain: bool = False) -> Iterator[dict[str, str]]:
+    """Endless problems of one split, no two with the same question; `plain` answers make no free choice."""
     rng = random.Random(f"{split}-{seed}")
     seen: set[str] = set()
     while True:
         problem = draw_problem(rng)
         if problem.split() != split:
             continue
-        writer = Writer(problem, rng)
+        writer = Writer(problem, rng, FirstChoices() if plain else rng)
         question = writer.question()
         if question not in seen:
             seen.add(question)

@@ -55,7 +55,10 @@ SHAPES = {
     "target": {"num_hidden_layers": 8, "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 3},
     "draft": {"num_hidden_layers": 2, "hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 2},
 }
-STEPS = {"target": 2800, "draft": 4000}
+# Plain solutions first: they make no free choice, so that every bit of the loss is about who has what. Mixed wordings
+# from the start leave a small model copying the wrong person's number for a very long time.
+PLAIN_STEPS = {"target": 1200, "draft": 500}
+STEPS = {"target": 3000, "draft": 3000}
 IGNORE = -100
 
 
@@ -99,9 +102,11 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     )
 
 
-def batches(tokenizer: PreTrainedTokenizerBase, seed: int, batch_size: int) -> Iterator[tuple[torch.Tensor, ...]]:
+def batches(
+    tokenizer: PreTrainedTokenizerBase, seed: int, batch_size: int, plain: bool
+) -> Iterator[tuple[torch.Tensor, ...]]:
     """Endless `(input_ids, labels)` of similar lengths, labels shifted, -100 outside the responses."""
-    stream, task, rng = problems("lm", seed), GSM8K(), random.Random(seed)
+    stream, task, rng = problems("lm", seed, plain), GSM8K(), random.Random(seed)
     while True:
         rows = []
         for _ in range(32 * batch_size):
@@ -131,8 +136,7 @@ def train_model(name: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Na
         pad_token_id=tokenizer.pad_token_id,
         **SHAPES[name],
     )
-    model = LlamaForCausalLM(config) if args.init_from is None else LlamaForCausalLM.from_pretrained(args.init_from)
-    model.float().train()
+    model = LlamaForCausalLM(config)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = [
@@ -140,12 +144,12 @@ def train_model(name: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Na
         torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     started, tokens, running = time.perf_counter(), 0, None
-    progress = tqdm(batches(tokenizer, args.seed, args.batch_size), total=args.steps, desc=name, mininterval=5)
-    for step, (ids, labels) in enumerate(progress):
-        if step == args.steps:
-            break
-        # Warm up, hold for a quarter, then go down to zero.
-        scale = min((step + 1) / 100, 1.0, (args.steps - step) / (0.75 * args.steps))
+    streams = [batches(tokenizer, args.seed + i, args.batch_size, plain=i == 0) for i in (0, 1)]
+    progress = tqdm(range(args.steps), desc=name, mininterval=5)
+    for step in progress:
+        ids, labels = next(streams[step >= args.plain_steps])
+        # Warm up, hold while the solutions are plain, then go down to zero.
+        scale = min((step + 1) / 100, 1.0, (args.steps - step) / (args.steps - args.plain_steps))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * scale
@@ -176,7 +180,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=24)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--init_from", type=Path, help="continue an earlier run from its folder")
+    parser.add_argument("--plain_steps", type=int, help=f"default: {PLAIN_STEPS}")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -187,6 +191,7 @@ def main() -> None:
         return
     args.out = args.out or HERE / args.part
     args.steps = args.steps or STEPS[args.part]
+    args.plain_steps = PLAIN_STEPS[args.part] if args.plain_steps is None else args.plain_steps
     tokenizer = PreTrainedTokenizerFast.from_pretrained(HERE / args.part)
     model = train_model(args.part, tokenizer, args)
     model.to(torch.bfloat16).save_pretrained(args.out)
