@@ -378,4 +378,5 @@ def _to_dataset(rows: list[dict[str, Any]], pair: dict[str, Any]) -> datasets.Da
         }
     )
     constant = json.dumps(pair, sort_keys=True)
-    return datasets.Dataset.from_list([{**row, "pair": constant} for row in rows], features=features)
+    columns = {name: [row[name] for row in rows] for name in features if name != "pair"}
+    return datasets.Dataset.from_dict({**columns, "pair": [constant] * len(rows)}, features=features)

@@ -101,7 +101,7 @@ class LinearJudge(Judge):
 
     def predict_proba(self, features: torch.Tensor) -> torch.Tensor:
         """Importance in [0, 1] of feature rows, shape `(n, f)` to `(n,)`."""
-        return torch.sigmoid(features.float() @ self.weight + self.bias)
+        return torch.sigmoid(features.double() @ self.weight.double() + self.bias.double()).float()
 
 
 class TopKJudge(Judge):

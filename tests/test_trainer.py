@@ -25,7 +25,7 @@ def made_up(num_examples=60, seed=0, pair=PAIR, **columns):
     """Rows whose label depends on the features, a few per example; scales and offsets differ by feature."""
     rng = np.random.default_rng(seed)
     n = num_examples * 8
-    features = rng.normal(size=(n, 16)) * np.logspace(-2, 2, 16) + np.linspace(-5, 5, 16)
+    features = rng.normal(size=(n, 16)) * np.logspace(-1, 1, 16) + np.linspace(-2, 2, 16)
     logits = (features[:, 3] - features[:, 3].mean()) / features[:, 3].std() * 2 - 1.5
     labels = (rng.random(n) < 1 / (1 + np.exp(-logits))).astype(int)
     rows = {
