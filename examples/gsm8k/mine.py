@@ -63,8 +63,12 @@ def main() -> None:
         batch_size=args.batch_size,
         output_dir=folder / "examples",
     )
+    if len(mined) == 0:
+        raise SystemExit(
+            "No mismatch was mined: expected some responses with an answer. Raise --max_new_tokens or --max_examples."
+        )
     mined.to_parquet(folder / "mismatches.parquet")
-    important = sum(mined["label"]) / max(1, len(mined))
+    important = sum(mined["label"]) / len(mined)
     print(f"{len(mined)} mismatches, {important:.1%} important, in {folder / 'mismatches.parquet'}")
 
 
