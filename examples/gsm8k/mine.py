@@ -24,6 +24,9 @@ class Arguments:
     data_file: str | None = field(default=None, metadata={"help": "Local JSONL file instead of the Hub's dataset."})
     max_examples: int | None = field(default=None, metadata={"help": "Mine only the first so many."})
     num_fewshot: int = field(default=0, metadata={"help": "Worked examples in the prompt, 0 to 8."})
+    extraction: str = field(
+        default="strict", metadata={"help": "'strict': after 'The final answer is'; 'flexible': the last number."}
+    )
     max_new_tokens: int = field(default=512, metadata={"help": "Limit of a whole response, in tokens."})
     num_assistant_tokens: int | None = field(default=None, metadata={"help": "Draft length; changes the speed only."})
     batch_size: int = field(default=8, metadata={"help": "Problems in flight."})
@@ -57,7 +60,7 @@ def main() -> None:
         assistant_model,
         tokenizer,
         examples,
-        GSM8K(num_fewshot=args.num_fewshot),
+        GSM8K(num_fewshot=args.num_fewshot, extraction=args.extraction),
         max_new_tokens=args.max_new_tokens,
         num_assistant_tokens=args.num_assistant_tokens,
         batch_size=args.batch_size,
