@@ -6,14 +6,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import DynamicCache, LogitsProcessorList
+from transformers import LogitsProcessorList
 from transformers.generation import CandidateGenerator
 
-from .forward import cached_forward, max_positions, vocab_size
+from .forward import cached_forward, max_positions, rewindable_cache, vocab_size
 
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 class JudgeCandidateGenerator(CandidateGenerator):
@@ -26,9 +26,11 @@ class JudgeCandidateGenerator(CandidateGenerator):
     Args:
         assistant_model (`PreTrainedModel`): the drafter.
         target_model (`PreTrainedModel`): whose vocabulary and position limit the candidates keep to.
-        generation_config (`GenerationConfig`): the target's, prepared: `max_length`, `do_sample`, EOS ids.
         logits_processor (`LogitsProcessorList`): the target's; the draft follows the same rules.
         num_assistant_tokens (`int`): candidates per cycle.
+        max_length (`int`): of prompt and response together, in tokens.
+        eos_token_ids (`set[int]`): the target's.
+        do_sample (`bool`): whether to draw the candidates rather than take the best.
         attention_mask (`torch.LongTensor` of shape `(b, prompt_length)`, *optional*): 0 at padding.
         output_states (`bool`, *optional*, defaults to `False`): whether to keep the assistant's hidden states; the
             state of the last candidate costs one more pass per cycle.
@@ -38,9 +40,12 @@ class JudgeCandidateGenerator(CandidateGenerator):
         self,
         assistant_model: PreTrainedModel,
         target_model: PreTrainedModel,
-        generation_config: GenerationConfig,
         logits_processor: LogitsProcessorList,
         num_assistant_tokens: int,
+        *,
+        max_length: int,
+        eos_token_ids: set[int],
+        do_sample: bool,
         attention_mask: torch.Tensor | None = None,
         output_states: bool = False,
     ):
@@ -49,16 +54,14 @@ class JudgeCandidateGenerator(CandidateGenerator):
         self.num_assistant_tokens = num_assistant_tokens
         self.attention_mask = attention_mask
         self.output_states = output_states
-        self.do_sample = generation_config.do_sample
-        eos_token_id = getattr(generation_config, "_eos_token_tensor", None)
-        self.eos_token_ids = set() if eos_token_id is None else set(eos_token_id.flatten().tolist())
+        self.do_sample = do_sample
+        self.eos_token_ids = eos_token_ids
         self.target_vocab_size = vocab_size(target_model)
         # A cycle commits one token more than it has candidates, and the last committed token needs no position yet.
-        limits = [generation_config.max_length - 1]
+        limits = [max_length - 1]
         limits += [limit for limit in (max_positions(target_model), max_positions(assistant_model)) if limit]
         self.max_sequence_length = min(limits)
-        self.cache = DynamicCache(config=assistant_model.config.get_text_config(decoder=True))
-        self.cache.activate_past_recording()
+        self.cache = rewindable_cache(assistant_model)
         #: The assistant's last hidden states of the last draft, from the last committed token to the last candidate:
         #: shape `(b, k + 1, h_a)`.
         self.states: torch.Tensor | None = None
@@ -80,7 +83,7 @@ class JudgeCandidateGenerator(CandidateGenerator):
         sequence, logits, states = input_ids, [], []
         for _ in range(min(self.num_assistant_tokens, self.max_sequence_length - length)):
             outputs = self._forward(sequence)
-            next_logits = outputs.logits[:, -1, : self.target_vocab_size].to(device, torch.float32)
+            next_logits = self._padded(outputs.logits[:, -1, : self.target_vocab_size].to(device, torch.float32))
             if self.logits_processor:
                 next_logits = self.logits_processor(sequence, next_logits)
             if self.do_sample:
@@ -93,10 +96,10 @@ class JudgeCandidateGenerator(CandidateGenerator):
             sequence = torch.cat([sequence, next_token], dim=1)
             if self.eos_token_ids and next_token.item() in self.eos_token_ids:
                 break
-        if self.output_states:
+        if states:
             states.append(self._forward(sequence).hidden_states[-1][:, -1:])
             self.states = torch.cat(states, dim=1)
-        return sequence, self._padded(torch.stack(logits, dim=1)) if logits else None
+        return sequence, torch.stack(logits, dim=1) if logits else None
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
         """The draft length is fixed."""

@@ -97,6 +97,10 @@ class JudgeConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"`{name}` must be a positive int or None, got {value!r}.")
+        for name in ("judge_type", "base_model_name_or_path", "assistant_model_name_or_path", "task"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"`{name}` must be a string, got {type(value).__name__}.")
         if self.state_position not in STATE_POSITIONS:
             raise ValueError(f"`state_position` must be one of {list(STATE_POSITIONS)}, got {self.state_position!r}.")
         if self.threshold is None:
@@ -104,10 +108,7 @@ class JudgeConfig:
         self.threshold = checked_threshold(self.threshold, "threshold")
         if not isinstance(self.decoding_settings, dict):
             raise ValueError(f"`decoding_settings` must be a dict, got {type(self.decoding_settings).__name__}.")
-        for name in ("judge_type", "base_model_name_or_path", "assistant_model_name_or_path", "task"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise ValueError(f"`{name}` must be a string, got {type(value).__name__}.")
+        self.decoding_settings = {**GREEDY_SETTINGS, **self.decoding_settings}
         self.base_model_name_or_path = public_name(self.base_model_name_or_path)
         self.assistant_model_name_or_path = public_name(self.assistant_model_name_or_path)
 

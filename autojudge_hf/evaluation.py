@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 
-from .generation import judge_decoding
+from .forward import eos_token_ids
+from .generation import checked_judge, judge_decoding
 from .modeling import Judge
 from .tasks import Task
 
@@ -34,7 +36,7 @@ def evaluate_judge(
     max_new_tokens: int,
     batch_size: int = 1,
 ) -> list[dict[str, Any]]:
-    """Greedy decoding of a dataset, lossless and at each threshold.
+    """Decodes a dataset lossless and at each threshold, under the settings that the judge was mined under.
 
     Args:
         model, assistant_model, tokenizer, dataset, task: as in `mine_mismatches`; `task.is_correct` grades.
@@ -46,14 +48,22 @@ def evaluate_judge(
 
     Returns:
         `list[dict]`: the lossless row, then one per threshold, with `threshold` (`None`: lossless), `accuracy`,
-        `tokens_per_cycle`, `tokens_per_second`, `mean_response_length` (tokens) and `correct` (one bool per example,
-        for paired comparisons).
+        `tokens_per_cycle`, `tokens_per_second`, `mean_response_length` (tokens), `correct` (one bool per example, for
+        paired comparisons) and `texts` (the responses).
+
+    Raises:
+        ValueError: before any decoding, for a judge that doesn't fit, a threshold outside [0, 1], no examples.
     """
     examples = list(dataset)
+    settings = dict(judge.config.decoding_settings)
+    if not settings["do_sample"]:
+        settings["top_k"] = 50  # `generate`'s default: it warns of any other without sampling
+    for threshold in thresholds:
+        checked_judge(judge, threshold, model, assistant_model, GenerationConfig(**settings))
     measure = functools.partial(
         measure_decoding, model, tokenizer, examples, task, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
-    shared = {"assistant_model": assistant_model, "do_sample": False, "return_dict_in_generate": True}
+    shared = {"assistant_model": assistant_model, **settings, "return_dict_in_generate": True}
     lossless = functools.partial(
         judge_decoding, assistant_model=assistant_model, num_assistant_tokens=num_assistant_tokens
     )
@@ -83,8 +93,14 @@ def measure_decoding(
 
     Returns:
         `dict`: `accuracy`, `tokens_per_cycle`, `tokens_per_second`, `mean_response_length`, `correct`, `texts`.
+
+    Raises:
+        ValueError: for no examples.
     """
+    if not examples:
+        raise ValueError("Expected at least one example to decode, got none.")
     texts, num_tokens, num_forwards, seconds = [], 0, 0, 0.0
+    eos = eos_token_ids(model)
     batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
     decode = functools.partial(_decode, model, max_new_tokens=max_new_tokens, **generate_kwargs)
     for number, batch in enumerate(tqdm(batches, desc=description, unit="batch")):
@@ -100,7 +116,7 @@ def measure_decoding(
         _synchronize(model)
         seconds += time.perf_counter() - started
         for sequence in sequences:
-            response = _trimmed(sequence[inputs["input_ids"].shape[1] :], model.generation_config.eos_token_id)
+            response = _trimmed(sequence[inputs["input_ids"].shape[1] :], eos)
             num_tokens += len(response) - free_tokens
             texts.append(tokenizer.decode(response, skip_special_tokens=True))
         num_forwards += forwards
@@ -171,9 +187,8 @@ def _decode(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], **kwargs
     return sequences.tolist(), int(counted.sum()), 1
 
 
-def _trimmed(response: list[int], eos_token_id: int | list[int] | None) -> list[int]:
+def _trimmed(response: list[int], eos: set[int]) -> list[int]:
     """Without the padding behind the first EOS token."""
-    eos = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
     ends = [i for i, token in enumerate(response) if token in eos]
     return response[: ends[0] + 1] if ends else response
 

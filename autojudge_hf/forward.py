@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pass of a model over tokens that follow a cached prefix: the only place that calls a model."""
+"""One pass of a model over tokens that follow a cached prefix, and what decoding has to know of a model."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 @functools.lru_cache
@@ -19,6 +20,25 @@ def _forward_parameters(model_class: type) -> frozenset[str]:
     return frozenset(inspect.signature(model_class.forward).parameters)
 
 
+def rewindable_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache from which any number of tokens can be taken back.
+
+    Layers that would forget what leaves a sliding window keep everything; the model's own mask applies the window.
+
+    Raises:
+        ValueError: for a model with layers that can't take tokens back (convolutions, recurrences).
+    """
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in cache.layers]
+    other = sorted({type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer})
+    if other:
+        raise ValueError(
+            f"{type(model).__name__} can't take tokens back: expected attention layers only, its cache has {other}."
+        )
+    return cache
+
+
+@torch.no_grad()
 def cached_forward(
     model: PreTrainedModel,
     tokens: torch.Tensor,
@@ -63,3 +83,9 @@ def vocab_size(model: PreTrainedModel) -> int:
 def hidden_size(model: PreTrainedModel) -> int:
     """Width of the last hidden state: what the output embeddings read."""
     return model.config.get_text_config(decoder=True).hidden_size
+
+
+def eos_token_ids(model: PreTrainedModel) -> set[int]:
+    """The tokens that end a response, as the model's generation config lists them."""
+    ids = model.generation_config.eos_token_id
+    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)

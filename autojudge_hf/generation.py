@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import logging
@@ -15,9 +16,10 @@ from transformers import (
     GenerationMixin,
     LogitsProcessorList,
     MaxLengthCriteria,
-    StaticCache,
     StoppingCriteriaList,
+    StopStringCriteria,
 )
+from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .candidate_generator import JudgeCandidateGenerator
@@ -96,23 +98,26 @@ def judge_decoding(
         ValueError: before any forward, for whatever isn't supported or doesn't fit.
     """
     num_assistant_tokens = _checked_draft_length(num_assistant_tokens, assistant_model)
-    threshold = _checked_judge(judge, judge_threshold, model, assistant_model, generation_config)
-    _check_supported(model, input_ids, generation_config, model_kwargs)
+    threshold = checked_judge(judge, judge_threshold, model, assistant_model, generation_config)
+    _check_supported(model, assistant_model, input_ids, generation_config, model_kwargs)
 
     cache, attention_mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
     cache.activate_past_recording()
-    reads_target = judge is not None and judge.config.hidden_size is not None and judge.reads_states
-    reads_assistant = judge is not None and judge.config.assistant_hidden_size is not None and judge.reads_states
+    judges = judge is not None and threshold > 0.0
+    reads_target = judges and judge.reads_states and judge.config.hidden_size is not None
+    reads_assistant = judges and judge.reads_states and judge.config.assistant_hidden_size is not None
+    stop = _StopRule(stopping_criteria)
     drafter = JudgeCandidateGenerator(
         assistant_model,
         model,
-        generation_config,
         logits_processor,
         num_assistant_tokens,
+        max_length=stop.max_length,
+        eos_token_ids=stop.eos_token_ids,
+        do_sample=generation_config.do_sample,
         attention_mask=attention_mask,
         output_states=reads_assistant,
     )
-    stop = _StopRule(stopping_criteria, generation_config)
     keep_scores = generation_config.return_dict_in_generate and generation_config.output_scores
     keep_logits = generation_config.return_dict_in_generate and generation_config.output_logits
     scores, raw_logits = () if keep_scores else None, () if keep_logits else None
@@ -141,7 +146,7 @@ def judge_decoding(
         processed = _process(logits_processor, sequence, new_logits, length)
 
         is_harmless = None
-        if judge is not None and k > 0 and threshold > 0.0:
+        if judges and k > 0:
             target_states = outputs.hidden_states[-1][:, -k - 1 :] if reads_target else None
             inputs = judge_inputs(candidate_ids, processed, target_states, drafter.states, judge.config.state_position)
             is_harmless = harmless(judge(inputs), threshold)
@@ -211,12 +216,15 @@ def _verify(
 
 
 class _StopRule:
-    """Where a committed block ends the response: at its first prefix that a stopping criterion accepts."""
+    """Where a committed block ends the response: at its first prefix that a stopping criterion accepts.
 
-    def __init__(self, criteria: StoppingCriteriaList, generation_config: GenerationConfig):
-        self.eos_token_id = getattr(generation_config, "_eos_token_tensor", None)
-        self.max_length = generation_config.max_length
-        # Length and EOS are known for a whole block at once; anything else has to see every prefix.
+    Length and EOS are known for a whole block at once; any other criterion has to see every prefix.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList):
+        self.max_length = min(c.max_length for c in criteria if isinstance(c, MaxLengthCriteria))
+        eos_criteria = [c for c in criteria if isinstance(c, EosTokenCriteria)]
+        self.eos_token_ids = {token for c in eos_criteria for token in c.eos_token_id.flatten().tolist()}
         self.others = StoppingCriteriaList(
             c for c in criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))
         )
@@ -224,18 +232,12 @@ class _StopRule:
     def __call__(self, input_ids: torch.Tensor, new_tokens: torch.Tensor, scores: tuple | None) -> tuple[int, bool]:
         """How many of `new_tokens` stay, and whether the response is finished."""
         length = input_ids.shape[1]
-        num_kept, finished = new_tokens.shape[1], False
-        if length + num_kept >= self.max_length:
-            num_kept, finished = self.max_length - length, True
-        if self.eos_token_id is not None:
-            is_eos = torch.isin(new_tokens[0, :num_kept], self.eos_token_id.to(new_tokens.device))
-            if is_eos.any():
-                num_kept, finished = int(is_eos.long().argmax()) + 1, True
-        if self.others:
-            for i in range(1, num_kept + 1):
-                if self.others(torch.cat([input_ids, new_tokens[:, :i]], dim=1), scores).all():
-                    return i, True
-        return num_kept, finished
+        for i, token in enumerate(new_tokens[0].tolist(), start=1):
+            if token in self.eos_token_ids or length + i >= self.max_length:
+                return i, True
+            if self.others and self.others(torch.cat([input_ids, new_tokens[:, :i]], dim=1), scores).all():
+                return i, True
+        return new_tokens.shape[1], False
 
 
 def _checked_draft_length(num_assistant_tokens: int | None, assistant_model: PreTrainedModel | None) -> int:
@@ -252,14 +254,18 @@ def _checked_draft_length(num_assistant_tokens: int | None, assistant_model: Pre
     return num_assistant_tokens
 
 
-def _checked_judge(
+def checked_judge(
     judge: Judge | None,
     judge_threshold: float | None,
     model: PreTrainedModel,
     assistant_model: PreTrainedModel,
     generation_config: GenerationConfig,
 ) -> float:
-    """The threshold to decode with, after checking that the judge fits the pair."""
+    """The threshold to decode with, after checking that the judge fits the pair.
+
+    Raises:
+        ValueError: for something else than a judge, a judge of other hidden sizes, a threshold outside [0, 1].
+    """
     if judge is None:
         if judge_threshold is not None:
             raise ValueError(f"`judge_threshold={judge_threshold}` needs a `judge`, got None.")
@@ -278,19 +284,18 @@ def _checked_judge(
                 f"have {actual}. It was made for {judge.config.base_model_name_or_path} with "
                 f"{judge.config.assistant_model_name_or_path}: use that pair, or train a judge for this one."
             )
+    threshold = judge.config.threshold
+    if judge_threshold is not None:
+        threshold = checked_threshold(judge_threshold, "judge_threshold")
     mined, actual = judge.config.decoding_settings, decoding_settings(generation_config)
-    differences = [
-        f"{name}={actual[name]} (mined: {mined[name]})" for name in actual if mined.get(name) != actual[name]
-    ]
-    if judge.reads_states and differences:
+    differences = [f"{name}={actual[name]} (mined: {mined[name]})" for name in actual if mined[name] != actual[name]]
+    if threshold > 0.0 and judge.reads_states and differences:
         _warn_once(
             "The judge was mined under other decoding settings, so its threshold may not mean the same here: "
             + ", ".join(differences)
             + ". Pass the mined values to `generate`, or mine under these."
         )
-    if judge_threshold is None:
-        return judge.config.threshold
-    return checked_threshold(judge_threshold, "judge_threshold")
+    return threshold
 
 
 @functools.cache
@@ -299,21 +304,25 @@ def _warn_once(message: str) -> None:
 
 
 def _check_supported(
-    model: PreTrainedModel, input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    model: PreTrainedModel,
+    assistant_model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
 ) -> None:
     cache = model_kwargs.get("past_key_values")
     known = {"past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
     other = sorted(k for k, v in model_kwargs.items() if v is not None and k not in known)
     reasons = {
-        "encoder-decoder models": model.config.is_encoder_decoder,
-        "stateful models, which can't take tokens back": model._is_stateful,
+        "encoder-decoder models": model.config.is_encoder_decoder or assistant_model.config.is_encoder_decoder,
+        "stateful models, which can't take tokens back": model._is_stateful or assistant_model._is_stateful,
         f"batches (got {input_ids.shape[0]} rows; decode one prompt at a time)": input_ids.shape[0] > 1,
-        "beam search": generation_config.num_beams > 1,
+        "beam search": (generation_config.num_beams or 1) > 1,
         "`num_return_sequences` above 1": (generation_config.num_return_sequences or 1) > 1,
         "`guidance_scale`": generation_config.guidance_scale not in (None, 1),
         "watermarks": generation_config.watermarking_config is not None,
         "`use_cache=False`": cache is None,
-        "static caches": isinstance(cache, StaticCache),
+        f"the cache {type(cache).__name__}": cache is not None and type(cache) is not DynamicCache,
         "`output_hidden_states` and `output_attentions`": bool(
             generation_config.output_hidden_states or generation_config.output_attentions
         ),
@@ -333,12 +342,14 @@ def _with_judge(generate):
         if judge is None:
             return generate(self, *args, **kwargs)
         options = {name: kwargs.pop(name, None) for name in ("judge_threshold", "num_assistant_tokens")}
-        arguments = signature.bind(self, *args, **kwargs).arguments
-        assistant_model = arguments.get("assistant_model")
-        if arguments.get("custom_generate") is not None:
+        if kwargs.pop("custom_generate", None) is not None:
             raise ValueError("Pass either `judge` or `custom_generate`: each brings its own decoding loop.")
-        # Everything that can be wrong is checked before `generate` prepares anything.
+        arguments = signature.bind(self, *args, **kwargs).arguments
+        extra = arguments.pop("kwargs", {})
+        # Checked before `generate` prepares anything.
+        assistant_model = arguments.get("assistant_model")
         _checked_draft_length(options["num_assistant_tokens"], assistant_model)
+        _stop_strings_to_criterion(arguments, extra)
         decode = functools.partial(
             judge_decoding,
             judge=judge,
@@ -346,10 +357,26 @@ def _with_judge(generate):
             streamer=arguments.get("streamer"),
             **options,
         )
-        return generate(self, *args, custom_generate=decode, **kwargs)
+        return generate(**arguments, custom_generate=decode, **extra)
 
     wrapper._wraps_judge = True
     return wrapper
+
+
+def _stop_strings_to_criterion(arguments: dict[str, Any], extra: dict[str, Any]) -> None:
+    """Makes stop strings a stopping criterion: `generate` loses the tokenizer on the way to a custom loop."""
+    config = arguments.get("generation_config")
+    stop_strings = extra.pop("stop_strings", None) or getattr(config, "stop_strings", None)
+    if not stop_strings:
+        return
+    tokenizer = extra.pop("tokenizer", None)
+    if tokenizer is None:
+        raise ValueError(f"`stop_strings={stop_strings!r}` needs the `tokenizer`: pass it to `generate` too.")
+    if config is not None:
+        arguments["generation_config"] = config = copy.deepcopy(config)
+        config.stop_strings = None
+    criteria = arguments.get("stopping_criteria") or []
+    arguments["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, stop_strings)])
 
 
 def install_judge_argument() -> None:

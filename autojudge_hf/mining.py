@@ -3,20 +3,28 @@
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Generator, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import Cache, DynamicCache
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
 
 from .configuration import GREEDY_SETTINGS, STATE_POSITIONS, public_name
 from .features import judge_inputs
-from .forward import cached_forward, hidden_size, max_positions, vocab_size
+from .forward import cached_forward, eos_token_ids, hidden_size, max_positions, rewindable_cache, vocab_size
 from .generation import judge_decoding
 
 
@@ -90,13 +98,13 @@ def mine_mismatches(
     )
     prompts = [searcher.prompt_ids(i, example) for i, example in enumerate(examples)]
     pair = searcher.pair()
-    store = _Store(output_dir, pair, max_new_tokens)
-    rows: dict[int, list[dict[str, Any]]] = store.load(prompts)
+    store = _Store(output_dir, pair, prompts, searcher.identity())
+    # Rows of the finished examples; `None` where the target's response has no answer.
+    rows: dict[int, list[dict[str, Any]] | None] = store.load()
     waiting = [i for i in range(len(examples)) if i not in rows]
 
     with tqdm(total=len(examples), initial=len(rows), desc="mining", unit="problem") as progress:
-        labels = [row["label"] for found in rows.values() for row in found]
-        num_mismatches, num_important, num_skipped = len(labels), sum(labels), 0
+        counts = sum(map(_counts, rows.values()), Counter())
         searches: dict[int, Generator] = {}
         requests: dict[int, str] = {}
         while waiting or searches:
@@ -110,18 +118,24 @@ def mine_mismatches(
                 try:
                     requests[i] = searches[i].send(answer)
                 except StopIteration as finished:
-                    rows[i] = finished.value or []
+                    rows[i] = finished.value
                     store.save(i, rows[i])
                     del searches[i], requests[i]
-                    num_skipped += finished.value is None
-                    num_mismatches += len(rows[i])
-                    num_important += sum(row["label"] for row in rows[i])
-                    share = num_important / max(1, num_mismatches)
-                    progress.set_postfix(mismatches=num_mismatches, important=f"{share:.1%}", skipped=num_skipped)
+                    counts += _counts(rows[i])
+                    share = counts["important"] / max(1, counts["mismatches"])
+                    progress.set_postfix({**counts, "important": f"{share:.1%}"})
                     progress.update()
-    if num_skipped:
-        logger.warning(f"{num_skipped} of {len(examples)} examples were skipped: the target's response has no answer.")
-    return _to_dataset([row for i in sorted(rows) for row in rows[i]], pair)
+    if counts["skipped"]:
+        logger.warning(
+            f"{counts['skipped']} of {len(examples)} examples were skipped: the target's response has no answer."
+        )
+    return _to_dataset([row for i in sorted(rows) for row in rows[i] or []], pair)
+
+
+def _counts(rows: list[dict[str, Any]] | None) -> Counter:
+    if rows is None:
+        return Counter(skipped=1)
+    return Counter(mismatches=len(rows), important=sum(row["label"] for row in rows))
 
 
 class _Searcher:
@@ -142,10 +156,8 @@ class _Searcher:
         self.tokenizer, self.task = tokenizer, task
         self.max_new_tokens = max_new_tokens
         self.state_position, self.assistant_states = state_position, assistant_states
-        self.vocab_size = min(vocab_size(model), vocab_size(assistant_model))
-        self.decode = functools.partial(
-            judge_decoding, assistant_model=assistant_model, num_assistant_tokens=num_assistant_tokens
-        )
+        self.num_assistant_tokens = num_assistant_tokens
+        self.eos_token_ids = eos_token_ids(model)
 
     def pair(self) -> dict[str, Any]:
         """What a judge has to know of where its data come from."""
@@ -165,6 +177,15 @@ class _Searcher:
         }
         return {**described, "features": layout, "decoding_settings": GREEDY_SETTINGS, "task": self.task.name}
 
+    def identity(self) -> dict[str, Any]:
+        """What a folder of finished examples has to agree on, beyond `pair`: a name doesn't fix the weights."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "eos_token_ids": sorted(self.eos_token_ids),
+            "target_weights": _fingerprint(self.model),
+            "assistant_weights": _fingerprint(self.assistant_model),
+        }
+
     def prompt_ids(self, example_id: int, example: Mapping[str, Any]) -> list[int]:
         ids = self.tokenizer.encode(self.task.prompt(example, self.tokenizer), add_special_tokens=False)
         for model in (self.model, self.assistant_model):
@@ -179,15 +200,14 @@ class _Searcher:
 
     def search(self, example_id: int, prompt: list[int]) -> Generator[str, Any, list[dict[str, Any]] | None]:
         """Algorithm 1. Yields responses as text, is sent their answers; returns the rows, `None` if skipped."""
-        target = _Prefix(self.model, self.vocab_size)
-        assistant = _Prefix(self.assistant_model, self.vocab_size)
+        target, assistant = _Prefix(self.model), _Prefix(self.assistant_model)
         sequence = self._continue(prompt, len(prompt), target)
         reference = yield self._text(sequence, prompt)
         if reference is None:
             return None
         rows = []
         position = len(prompt)
-        while (found := assistant.first_difference(sequence, position)) is not None:
+        while (found := assistant.first_difference(sequence, position, vocab_size(self.model))) is not None:
             position, candidate = found
             trial, features = self._try(sequence[:position], candidate, len(prompt), target, assistant)
             answer = yield self._text(trial, prompt)
@@ -216,7 +236,7 @@ class _Searcher:
 
     def _try(
         self, prefix: list[int], candidate: int, prompt_length: int, target: _Prefix, assistant: _Prefix
-    ) -> tuple[list[int], list[float]]:
+    ) -> tuple[list[int], np.ndarray]:
         """The response with `candidate` after `prefix`, and what a judge sees of that candidate."""
         sequence = [*prefix, candidate]
         # One pass over the last committed token and the candidate, as in a verification cycle.
@@ -231,45 +251,47 @@ class _Searcher:
             states,
             self.state_position,
         )
-        return self._continue(sequence, prompt_length, target), inputs.features[0, 0].tolist()
+        return self._continue(sequence, prompt_length, target), inputs.features[0, 0].cpu().numpy()
 
     def _continue(self, sequence: list[int], prompt_length: int, target: _Prefix) -> list[int]:
         """The target's greedy continuation, written by the lossless loop on the cached prefix."""
-        eos = self.model.generation_config.eos_token_id
-        eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        room = prompt_length + self.max_new_tokens - len(sequence)
-        if room == 0 or (len(sequence) > prompt_length and sequence[-1] in eos_ids):
+        max_length = prompt_length + self.max_new_tokens
+        if len(sequence) == max_length or (len(sequence) > prompt_length and sequence[-1] in self.eos_token_ids):
             return sequence
         target.rewind(sequence, num_last=1)
-        input_ids = torch.tensor([sequence], device=self.model.device)
-        output = self.model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
+        # Called past `generate`, whose configs could bring processors along: this is plain greedy decoding.
+        criteria = StoppingCriteriaList([MaxLengthCriteria(max_length=max_length)])
+        if self.eos_token_ids:
+            criteria.append(EosTokenCriteria(eos_token_id=sorted(self.eos_token_ids)))
+        output = judge_decoding(
+            self.model,
+            torch.tensor([sequence], device=self.model.device),
+            LogitsProcessorList(),
+            criteria,
+            GenerationConfig(do_sample=False),
             assistant_model=self.assistant_model,
-            custom_generate=self.decode,
+            num_assistant_tokens=self.num_assistant_tokens,
             past_key_values=target.cache,
-            max_new_tokens=room,
-            **_PLAIN_GREEDY,
         )
         target.tokens = output[0].tolist()[:-1]
         return output[0].tolist()
 
 
-# Overrides whatever a model's generation config turns on. `None` removes a logits processor.
-_PLAIN_GREEDY = {**GREEDY_SETTINGS, "top_k": 50, "num_beams": 1, "return_dict_in_generate": False}
+def _fingerprint(model: PreTrainedModel) -> str:
+    """A few numbers of every weight, hashed: cheap, and training changes all of them."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            digest.update(parameter.detach().flatten()[:4].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class _Prefix:
     """A model's cache together with the tokens in it, so that only what changed is computed again."""
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int):
+    def __init__(self, model: PreTrainedModel):
         self.model = model
-        self.vocab_size = vocab_size
-        self.clear()
-
-    def clear(self) -> None:
-        self.cache: Cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        self.cache.activate_past_recording()
+        self.cache = rewindable_cache(model)
         self.tokens: list[int] = []
 
     def rewind(self, sequence: list[int], num_last: int) -> None:
@@ -279,29 +301,29 @@ class _Prefix:
             if ours != theirs:
                 break
             shared += 1
-        if shared < len(self.tokens) and any(self.cache.is_sliding):
-            # A sliding window has forgotten what came before it.
-            self.clear()
-        else:
-            self.cache.crop(-(len(self.tokens) - shared))
-            self.tokens = self.tokens[:shared]
+        self.cache.crop(-(len(self.tokens) - shared))
+        self.tokens = self.tokens[:shared]
 
     def run(self, sequence: list[int], num_last: int, output_hidden_states: bool = False):
         """Makes the cache hold `sequence`; outputs cover at least its last `num_last` positions."""
         self.rewind(sequence, num_last)
-        tokens = torch.tensor([sequence[len(self.tokens) :]], device=self.model.device)
+        # Where the target has more tokens than the assistant, any other token will do, as when drafting.
+        tokens = torch.tensor([sequence[len(self.tokens) :]]).clamp(max=vocab_size(self.model) - 1)
         outputs = cached_forward(
             self.model, tokens, self.cache, num_logits=num_last, output_hidden_states=output_hidden_states
         )
         self.tokens = list(sequence)
         return outputs
 
-    def first_difference(self, sequence: list[int], start: int) -> tuple[int, int] | None:
-        """The first position from `start` on at which the model's argmax isn't the sequence's, and that argmax."""
+    def first_difference(self, sequence: list[int], start: int, num_tokens: int) -> tuple[int, int] | None:
+        """The first position from `start` on at which the model's argmax isn't the sequence's, and that argmax.
+
+        Of the model's vocabulary only the first `num_tokens` count: those that the other model has, too.
+        """
         if start >= len(sequence):
             return None
         logits = self.run(sequence[:-1], num_last=len(sequence) - start).logits[0, start - len(sequence) :]
-        choices = logits[:, : self.vocab_size].argmax(dim=-1).tolist()
+        choices = logits[:, :num_tokens].argmax(dim=-1).tolist()
         for position, choice in enumerate(choices, start):
             if choice != sequence[position]:
                 return position, choice
@@ -311,12 +333,15 @@ class _Prefix:
 class _Store:
     """Finished examples on disk, one Parquet file each, written whole or not at all."""
 
-    def __init__(self, output_dir: str | Path | None, pair: dict[str, Any], max_new_tokens: int):
+    def __init__(
+        self, output_dir: str | Path | None, pair: dict[str, Any], prompts: list[list[int]], identity: dict[str, Any]
+    ):
         self.folder = None if output_dir is None else Path(output_dir)
         self.pair = pair
+        self.prompts = prompts
         if self.folder is None:
             return
-        settings = json.dumps({**pair, "max_new_tokens": max_new_tokens}, indent=2, sort_keys=True)
+        settings = json.dumps({**pair, **identity}, indent=2, sort_keys=True)
         path = self.folder / SETTINGS_NAME
         if path.is_file():
             if path.read_text(encoding="utf-8") != settings:
@@ -330,32 +355,38 @@ class _Store:
             self.folder.mkdir(parents=True, exist_ok=True)
             path.write_text(settings, encoding="utf-8")
 
-    def save(self, example_id: int, rows: list[dict[str, Any]]) -> None:
+    def save(self, example_id: int, rows: list[dict[str, Any]] | None) -> None:
         if self.folder is None:
             return
         import pyarrow.parquet
 
+        about = {"prompt": self._prompt_hash(example_id), "skipped": str(rows is None)}
+        table = _to_dataset(rows or [], self.pair).with_format("arrow")[:].replace_schema_metadata(about)
         part = self.folder / f"example-{example_id:06d}.part"
-        pyarrow.parquet.write_table(_to_dataset(rows, self.pair).with_format("arrow")[:], part)
+        pyarrow.parquet.write_table(table, part)
         part.rename(part.with_suffix(".parquet"))
 
-    def load(self, prompts: list[list[int]]) -> dict[int, list[dict[str, Any]]]:
-        """The finished examples among those that `prompts` belong to."""
+    def load(self) -> dict[int, list[dict[str, Any]] | None]:
+        """The finished examples among those that the prompts belong to."""
         import pyarrow.parquet
 
-        finished = {}
+        finished: dict[int, list[dict[str, Any]] | None] = {}
         for path in sorted(self.folder.glob("example-*.parquet")) if self.folder else []:
             example_id = int(path.stem.split("-")[1])
-            if example_id >= len(prompts):
+            if example_id >= len(self.prompts):
                 continue
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-            if rows and rows[0]["input_ids"][: rows[0]["prompt_length"]] != prompts[example_id]:
+            table = pyarrow.parquet.read_table(path)
+            about = table.schema.metadata
+            if about[b"prompt"].decode() != self._prompt_hash(example_id):
                 raise ValueError(
                     f"{path.name} in {self.folder} was mined from another example {example_id}. Mine another dataset "
                     "into another folder."
                 )
-            finished[example_id] = rows
+            finished[example_id] = None if about[b"skipped"] == b"True" else table.to_pylist()
         return finished
+
+    def _prompt_hash(self, example_id: int) -> str:
+        return hashlib.sha256(str(self.prompts[example_id]).encode()).hexdigest()
 
 
 def _to_dataset(rows: list[dict[str, Any]], pair: dict[str, Any]) -> datasets.Dataset:

@@ -38,6 +38,8 @@ class Judge(nn.Module):
         if config.judge_type != self.judge_type:
             raise ValueError(f"{type(self).__name__} needs judge_type={self.judge_type!r}, got {config.judge_type!r}.")
         self.config = config
+        #: Figures of the fit for the card, label to value; whoever trains the judge fills them in.
+        self.training: dict[str, str] = {}
 
     def forward(self, inputs: JudgeInputs) -> torch.Tensor:
         """Scores of shape `(b, k)`: the logit of the probability that accepting the candidate changes the answer."""
@@ -46,6 +48,11 @@ class Judge(nn.Module):
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Writes `config.json`, `model.safetensors`, the card, and what `custom_generate=` needs, to a folder."""
         self._write(Path(save_directory), judge_id=str(Path(save_directory).resolve()))
+
+    @property
+    def card(self) -> str:
+        """The README.md that is saved with the judge."""
+        return render_judge_card(self.config, self.training)
 
     def _write(self, folder: Path, judge_id: str) -> None:
         if folder.is_file():
@@ -57,7 +64,7 @@ class Judge(nn.Module):
             folder / WEIGHTS_NAME,
             metadata={"format": "pt"},
         )
-        (folder / CARD_NAME).write_text(render_judge_card(self.config), encoding="utf-8")
+        (folder / CARD_NAME).write_text(self.card, encoding="utf-8")
         custom_generate = folder / "custom_generate"
         custom_generate.mkdir(exist_ok=True)
         for name, text in render_custom_generate(judge_id).items():
@@ -92,16 +99,25 @@ class LinearJudge(Judge):
             raise ValueError(
                 "A linear judge reads hidden states: set `hidden_size` (the target's) or `assistant_hidden_size`."
             )
-        self.weight = nn.Parameter(torch.full((config.num_features,), float("nan")), requires_grad=False)
-        self.bias = nn.Parameter(torch.full((1,), float("nan")), requires_grad=False)
+        weight = torch.full((config.num_features,), float("nan"))
+        # What the scaler subtracts is in the bias, which can be thousands of times a score: it needs the digits.
+        bias = torch.full((1,), float("nan"), dtype=torch.float64)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
 
     def forward(self, inputs: JudgeInputs) -> torch.Tensor:
-        weight, bias = self.weight.to(inputs.features.device), self.bias.to(inputs.features.device)
-        return inputs.features @ weight + bias
+        return self.decision_function(inputs.features)
+
+    def decision_function(self, features: torch.Tensor) -> torch.Tensor:
+        """Scores as fp32 logits, shape `(..., f)` to `(...)`; summed in double precision."""
+        # Apple's GPUs have no double precision.
+        device = torch.device("cpu") if features.device.type == "mps" else features.device
+        weight, bias = self.weight.to(device, torch.float64), self.bias.to(device)
+        return (features.to(device, torch.float64) @ weight + bias).to(features.device, torch.float32)
 
     def predict_proba(self, features: torch.Tensor) -> torch.Tensor:
-        """Importance in [0, 1] of feature rows, shape `(n, f)` to `(n,)`."""
-        return torch.sigmoid(features.double() @ self.weight.double() + self.bias.double()).float()
+        """Importance in [0, 1], shape `(..., f)` to `(...)`."""
+        return torch.sigmoid(self.decision_function(features))
 
 
 class TopKJudge(Judge):
@@ -185,6 +201,8 @@ class AutoJudge:
 
 def _resolve_file(name_or_path: str, filename: str, subfolder: str, revision, token, cache_dir, local_files_only):
     folder = Path(name_or_path)
+    if folder.is_absolute() and not folder.is_dir():
+        raise OSError(f"No judge at {name_or_path!r}: expected a folder that `save_pretrained` wrote.")
     if folder.is_dir():
         path = folder / subfolder / filename
         if not path.is_file():
@@ -218,8 +236,9 @@ def _load_tensors(judge: Judge, path: Path) -> None:
             for name in sorted(names & set(expected)):
                 part = file.get_slice(name)
                 shape, want = list(part.get_shape()), list(expected[name].shape)
-                if shape != want or part.get_dtype() != "F32":
-                    problems.append(f"{name}: expected F32 of shape {want}, got {part.get_dtype()} of shape {shape}")
+                if shape != want or part.get_dtype() not in ("F32", "F64"):
+                    got = f"{part.get_dtype()} of shape {shape}"
+                    problems.append(f"{name}: expected F32 or F64 of shape {want}, got {got}")
                     continue
                 tensors[name] = file.get_tensor(name)
                 if not torch.isfinite(tensors[name]).all():

@@ -18,9 +18,9 @@ from transformers import EvalPrediction
 from transformers.trainer_utils import PredictionOutput
 
 from .configuration import JudgeConfig
-from .model_card import render_judge_card
 from .modeling import CARD_NAME, LinearJudge
 from .training_args import JudgeTrainingArguments
+from .verification import harmless
 
 
 if TYPE_CHECKING:
@@ -65,22 +65,16 @@ class JudgeTrainer:
         self.compute_metrics = compute_metrics
         self.state = JudgeTrainerState()
         self._check_output_dir()
-        pairs = _pairs(train_dataset, "train_dataset")
-        if eval_dataset is not None:
-            pairs |= _pairs(eval_dataset, "eval_dataset")
-        if len(pairs) != 1:
-            raise ValueError(
-                f"The rows come from {len(pairs)} different minings, expected one. A judge knows one pair and one "
-                "setting; train on each apart. Got:\n" + "\n".join(sorted(pairs))
-            )
-        self.pair = json.loads(pairs.pop())
+        self._pairs: set[str] = set()
+        given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        self._check_pairs(**{name: dataset for name, dataset in given.items() if dataset is not None})
         if eval_dataset is None:
             train_dataset, eval_dataset = self._split(train_dataset)
         elif shared := set(train_dataset["example_id"]) & set(eval_dataset["example_id"]):
             logger.warning(f"{len(shared)} example ids are in both datasets. If they are the same problems, AUC lies.")
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
-        self._train, self._eval = _arrays(train_dataset, "training"), _arrays(eval_dataset, "validation")
         self.judge = LinearJudge(self._config())
+        self._train, self._eval = self._arrays(train_dataset, "training"), self._arrays(eval_dataset, "validation")
 
     def train(self) -> JudgeTrainerState:
         """Fits every C of the grid, keeps the best by validation ROC-AUC, sets the threshold by recall."""
@@ -103,6 +97,7 @@ class JudgeTrainer:
         self.state.best_metric = float(auc)
         self._fold(scaler, classifier)
         self.judge.config.threshold = self._threshold_by_recall()
+        self.judge.training = self._figures()
         self.state.log_history.append({"best_C": c, **self.evaluate()})
         return self.state
 
@@ -114,13 +109,15 @@ class JudgeTrainer:
         """Scores in [0, 1], labels and metrics of a mined dataset."""
         from sklearn.metrics import roc_auc_score
 
-        features, labels = _arrays(test_dataset, metric_key_prefix)
-        scores = self.judge.predict_proba(torch.from_numpy(features)).numpy()
-        rejected = scores >= self.judge.config.threshold
+        self._check_pairs(test_dataset=test_dataset)
+        features, labels = self._arrays(test_dataset, metric_key_prefix)
+        logits = self.judge.decision_function(torch.from_numpy(features))
+        scores = torch.sigmoid(logits).numpy()
+        accepted = harmless(logits, self.judge.config.threshold).numpy()
         metrics = {
-            "auc": float(roc_auc_score(labels, scores)),
-            "recall": float(rejected[labels == 1].mean()),
-            "harmless_accepted": float((~rejected[labels == 0]).mean()),
+            "auc": float(roc_auc_score(labels, logits)),
+            "recall": float((~accepted[labels == 1]).mean()),
+            "harmless_accepted": float(accepted[labels == 0].mean()),
             "threshold": self.judge.config.threshold,
         }
         if self.compute_metrics is not None:
@@ -130,24 +127,33 @@ class JudgeTrainer:
 
     def save_model(self, output_dir: str | None = None) -> None:
         """Saves the judge, with its card, to `output_dir` or `args.output_dir`."""
-        folder = Path(output_dir or self.args.output_dir)
-        self.judge.save_pretrained(folder)
-        self.create_model_card(folder)
+        self._check_trained()
+        self.judge.save_pretrained(output_dir or self.args.output_dir)
 
     def create_model_card(self, output_dir: str | Path | None = None) -> None:
-        """Writes the judge's README.md with the figures of the fit."""
-        training = {
-            "Mismatches": f"{len(self._train[1])} for training, {len(self._eval[1])} for validation",
-            "Important": f"{np.concatenate([self._train[1], self._eval[1]]).mean():.1%}",
-        }
-        if self.state.best_metric is not None:
-            training["Validation ROC-AUC"] = f"{self.state.best_metric:.3f}"
-        card = render_judge_card(self.judge.config, training)
-        (Path(output_dir or self.args.output_dir) / CARD_NAME).write_text(card, encoding="utf-8")
+        """Writes the judge's README.md, with the figures of the fit, alone."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CARD_NAME).write_text(self.judge.card, encoding="utf-8")
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
         """Uploads the judge; see `Judge.push_to_hub`."""
+        self._check_trained()
         return self.judge.push_to_hub(repo_id, **kwargs)
+
+    def _check_trained(self) -> None:
+        if self.state.best_metric is None:
+            raise ValueError("The judge isn't trained yet and would accept nothing. Call `train()` first.")
+
+    def _check_pairs(self, **datasets_by_name: datasets.Dataset) -> None:
+        """All rows, those of earlier calls included, must come from one mining."""
+        pairs = self._pairs.union(*(_pairs(dataset, name) for name, dataset in datasets_by_name.items()))
+        if len(pairs) != 1:
+            raise ValueError(
+                f"The rows come from {len(pairs)} different minings, expected one. A judge knows one pair and one "
+                "setting; train on each apart. Got:\n" + "\n".join(sorted(pairs))
+            )
+        self._pairs = pairs
 
     def _check_output_dir(self) -> None:
         folder = Path(self.args.output_dir)
@@ -167,37 +173,65 @@ class JudgeTrainer:
         held_out = np.isin(ids, examples[:num_held_out])
         return dataset.select(np.flatnonzero(~held_out)), dataset.select(np.flatnonzero(held_out))
 
+    def _arrays(self, dataset: datasets.Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Features as float32 of shape `(n, f)` and labels of shape `(n,)`, checked."""
+        labels = np.asarray(dataset["label"], dtype=np.int64)
+        for label, meaning in ((0, "unimportant"), (1, "important")):
+            if not (labels == label).any():
+                raise ValueError(
+                    f"The {name} rows ({len(labels)}) hold no {meaning} mismatch, and a judge has to see both kinds. "
+                    "Mine more examples, or hold out a larger share."
+                )
+        features, width = dataset.with_format("numpy")["features"][:], self.judge.config.num_features
+        if features.ndim != 2 or features.shape[1] != width:
+            widths = sorted({len(row) for row in features})
+            raise ValueError(f"Expected {width} features in each of the {name} rows, as `pair` says, got {widths}.")
+        features = features.astype(np.float32, copy=False)
+        finite = np.isfinite(features).all(axis=1)
+        if not finite.all():
+            raise ValueError(
+                f"{(~finite).sum()} of the {len(finite)} {name} rows have features that aren't finite, the first is "
+                f"row {np.flatnonzero(~finite)[0]}. Mine them again in a wider dtype, or drop them."
+            )
+        return features, labels
+
     def _config(self) -> JudgeConfig:
-        target, assistant = self.pair["target"], self.pair["assistant"]
+        pair = json.loads(next(iter(self._pairs)))
+        target, assistant = pair["target"], pair["assistant"]
         return JudgeConfig(
             judge_type="linear",
-            **self.pair["features"],
+            **pair["features"],
             base_model_name_or_path=target["name"],
             base_model_revision=target["revision"],
             assistant_model_name_or_path=assistant["name"],
             assistant_model_revision=assistant["revision"],
-            decoding_settings=self.pair["decoding_settings"],
-            task=self.pair["task"],
+            decoding_settings=pair["decoding_settings"],
+            task=pair["task"],
         )
 
     def _fold(self, scaler: Any, classifier: Any) -> None:
         """w' = w / scale and b' = b - w' . mean, so that no scaler is needed when decoding."""
-        weight = classifier.coef_[0] / scaler.scale_
-        bias = classifier.intercept_[0] - weight @ scaler.mean_
-        self.judge.load_state_dict(
-            {
-                "weight": torch.tensor(weight, dtype=torch.float32),
-                "bias": torch.tensor([bias], dtype=torch.float32),
-            }
-        )
+        weight = (classifier.coef_[0] / scaler.scale_).astype(np.float32)
+        # From the rounded weights, so that their error is multiplied by distances from the mean only.
+        bias = classifier.intercept_[0] - weight.astype(np.float64) @ scaler.mean_
+        self.judge.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.tensor([bias])})
 
     def _threshold_by_recall(self) -> float:
         """The highest threshold that rejects at least `args.recall` of the important validation mismatches."""
         features, labels = self._eval
-        important = self.judge.predict_proba(torch.from_numpy(features[labels == 1])).double().sort().values
-        num_missed = len(important) - math.ceil(self.args.recall * len(important))
-        # A hair below the score itself: it is compared as a logit, after rounding.
-        return float(important[num_missed] * (1 - 1e-6))
+        logits = self.judge.decision_function(torch.from_numpy(features[labels == 1])).double().sort().values
+        num_missed = len(logits) - math.ceil(self.args.recall * len(logits))
+        # A hair below the score itself, which must not be accepted, whichever way the comparison is rounded.
+        return float(torch.sigmoid(logits[num_missed]) * (1 - 1e-6))
+
+    def _figures(self) -> dict[str, str]:
+        """What the card says of the fit."""
+        labels = np.concatenate([self._train[1], self._eval[1]])
+        return {
+            "Mismatches": f"{len(self._train[1])} for training, {len(self._eval[1])} for validation",
+            "Important": f"{labels.mean():.1%}",
+            "Validation ROC-AUC": f"{self.state.best_metric:.3f}",
+        }
 
 
 def _pairs(dataset: datasets.Dataset, name: str) -> set[str]:
@@ -210,22 +244,3 @@ def _pairs(dataset: datasets.Dataset, name: str) -> set[str]:
     if len(dataset) == 0:
         raise ValueError(f"`{name}` has no rows. Mine more examples.")
     return set(dataset.unique("pair"))
-
-
-def _arrays(dataset: datasets.Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Features as float32 of shape `(n, f)` and labels of shape `(n,)`, checked."""
-    labels = np.asarray(dataset["label"], dtype=np.int64)
-    for label, meaning in ((0, "unimportant"), (1, "important")):
-        if not (labels == label).any():
-            raise ValueError(
-                f"The {name} rows ({len(labels)}) hold no {meaning} mismatch, and a judge has to see both kinds. "
-                "Mine more examples, or hold out a larger share."
-            )
-    features = np.asarray(dataset.with_format("numpy")["features"][:], dtype=np.float32)
-    finite = np.isfinite(features).all(axis=1)
-    if not finite.all():
-        raise ValueError(
-            f"{(~finite).sum()} of the {len(finite)} {name} rows have features that aren't finite, the first is row "
-            f"{np.flatnonzero(~finite)[0]}. Mine them again in a wider dtype, or drop them."
-        )
-    return features, labels

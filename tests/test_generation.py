@@ -9,7 +9,17 @@ import pytest
 import reference
 import torch
 from conftest import MAX_NEW_TOKENS, random_llama, similar_model
-from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 import autojudge_hf.generation
@@ -87,21 +97,52 @@ def test_lossless_on_random_models(random_pair, num_assistant_tokens):
 
 
 def test_a_corrupted_cache_is_noticed(random_pair, monkeypatch):
-    """A test of the tests above: a rollback that is off by one must change the tokens."""
+    """A test of the tests above: keys and values of the wrong tokens must change the response."""
     from transformers import DynamicCache
 
     model, assistant = random_pair
     expected = reference.greedy(model, PROMPT[0].tolist(), 60, eos_ids=())
     crop = DynamicCache.crop
-    monkeypatch.setattr(DynamicCache, "crop", lambda self, n: crop(self, min(0, n + 1)))
+
+    def crop_the_wrong_end(cache, n):
+        crop(cache, n)
+        for layer in cache.layers if n else ():
+            layer.keys = layer.keys.roll(-n, dims=2)
+
+    monkeypatch.setattr(DynamicCache, "crop", crop_the_wrong_end)
     decode = functools.partial(judge_decoding, assistant_model=assistant, num_assistant_tokens=5)
-    try:
-        got = model.generate(
-            PROMPT, do_sample=False, max_new_tokens=60, assistant_model=assistant, custom_generate=decode
-        )
-    except (RuntimeError, IndexError):
-        return
+    got = model.generate(PROMPT, do_sample=False, max_new_tokens=60, assistant_model=assistant, custom_generate=decode)
     assert got[0].tolist() != expected
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text", "qwen2", "gpt2"])
+def test_lossless_across_architectures(family, top_k):
+    """Sliding windows shorter than the text, soft-capped logits, learned positions."""
+    sizes = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0, "tie_word_embeddings": False}
+    if family == "gpt2":
+        sizes |= {"n_positions": 64, "attn_pdrop": 0.0}
+    else:
+        sizes |= {"intermediate_size": 64, "num_key_value_heads": 1}
+        sizes |= {"sliding_window": 8, "max_position_embeddings": 64}
+    if family.startswith("gemma"):
+        sizes |= {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}
+    if family == "qwen2":
+        sizes |= {"use_sliding_window": True, "max_window_layers": 1}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+    assistant = similar_model(model)
+    # Up to the last position the models have.
+    expected = model.generate(PROMPT, do_sample=False, max_new_tokens=57)
+    assert len(set(expected[0, 7:].tolist())) >= 3
+    options = {"assistant_model": assistant, "judge": top_k, "judge_threshold": 0.0, "return_dict_in_generate": True}
+    output = model.generate(PROMPT, do_sample=False, max_new_tokens=57, num_assistant_tokens=5, **options)
+    assert torch.equal(output.sequences, expected)
+    assert 0 < output.num_matches < output.num_candidates
 
 
 def test_left_padded_prompt(random_pair, top_k):
@@ -371,6 +412,33 @@ def test_stops_where_the_sequence_first_ends(random_pair, top_k, threshold):
         assert model.generate(PROMPT, max_new_tokens=length, **options).shape[1] == 7 + length
 
 
+def test_a_users_own_length_criterion(random_pair, top_k):
+    model, assistant = random_pair
+    options = {"do_sample": False, "max_new_tokens": 30, "stopping_criteria": StoppingCriteriaList([])}
+    options["stopping_criteria"].append(MaxLengthCriteria(max_length=18))
+    output = model.generate(PROMPT, assistant_model=assistant, judge=top_k, judge_threshold=1.0, **options)
+    assert output.shape[1] == 18
+
+
+@pytest.mark.slow
+def test_stop_strings_inside_a_block(target, draft, tokenizer, test_problems, top_k):
+    """Also where the whole response would be drafted past them, and from a `GenerationConfig`."""
+    inputs = encode(tokenizer, test_problems[0])
+    free = target.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)[0].tolist()
+    text = tokenizer.decode(free[inputs["input_ids"].shape[1] :])
+    stop = text.split(". ")[1][-5:] + "."
+    options = {"do_sample": False, "max_new_tokens": MAX_NEW_TOKENS, "tokenizer": tokenizer}
+    expected = target.generate(**inputs, stop_strings=[stop], **options)
+    assert expected.shape[1] < len(free)
+    judged = {"assistant_model": draft, "judge": top_k, "judge_threshold": 0.0}
+    assert torch.equal(target.generate(**inputs, stop_strings=[stop], **judged, **options), expected)
+    config = GenerationConfig(stop_strings=stop, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+    got = target.generate(**inputs, generation_config=config, tokenizer=tokenizer, **judged)
+    assert torch.equal(got, expected) and config.stop_strings == stop
+    with pytest.raises(ValueError, match="stop_strings.*tokenizer"):
+        target.generate(**inputs, stop_strings=[stop], max_new_tokens=5, **judged)
+
+
 def test_min_new_tokens(random_pair, top_k):
     model, assistant = random_pair
     first = model.generate(PROMPT, do_sample=False, max_new_tokens=1)[0, -1].item()
@@ -481,7 +549,7 @@ def test_without_judge_the_original_runs(random_pair, monkeypatch):
         ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences|batches"),
         ({"guidance_scale": 2.0}, "guidance_scale"),
         ({"use_cache": False}, "use_cache"),
-        ({"cache_implementation": "static"}, "static"),
+        ({"cache_implementation": "static"}, "StaticCache"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
         ({"custom_generate": lambda *args, **kwargs: None}, "custom_generate"),
     ],

@@ -25,7 +25,7 @@ def made_up(num_examples=60, seed=0, pair=PAIR, **columns):
     """Rows whose label depends on the features, a few per example; scales and offsets differ by feature."""
     rng = np.random.default_rng(seed)
     n = num_examples * 8
-    features = rng.normal(size=(n, 16)) * np.logspace(-1, 1, 16) + np.linspace(-2, 2, 16)
+    features = rng.normal(size=(n, 16)) * np.logspace(-2, 2, 16) + np.linspace(-5, 5, 16)
     logits = (features[:, 3] - features[:, 3].mean()) / features[:, 3].std() * 2 - 1.5
     labels = (rng.random(n) < 1 / (1 + np.exp(-logits))).astype(int)
     rows = {
@@ -138,11 +138,19 @@ def test_refusals(tmp_path, caplog):
         (made_up(label=np.zeros(480, dtype=int)), "no important"),
         (made_up(label=np.ones(480, dtype=int)), "no unimportant"),
         (good.select(range(3)), "hold no"),
+        (made_up(features=np.zeros((480, 8), dtype=np.float32)), r"Expected 16 features.*\[8\]"),
         (made_up(features=np.full((480, 16), np.nan, dtype=np.float32)), "480 of the 480|aren't finite"),
     ]
     for dataset, message in cases:
         with pytest.raises(ValueError, match=message):
             trainer(tmp_path, dataset)
+    with pytest.raises(ValueError, match="2 different minings"):
+        trainer(tmp_path, good, made_up(pair={**PAIR, "task": "other"}))
+    untrained = trainer(tmp_path, good)
+    with pytest.raises(ValueError, match="2 different minings"):
+        untrained.predict(made_up(pair={**PAIR, "task": "other"}))
+    with pytest.raises(ValueError, match=r"Call `train\(\)` first"):
+        untrained.save_model()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious.txt").write_text("keep me")
     with pytest.raises(ValueError, match="isn't empty.*overwrite_output_dir"):

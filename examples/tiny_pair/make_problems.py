@@ -37,8 +37,8 @@ FACTOR_WORDS = {2: "twice", 3: "three times", 4: "four times"}
 
 # Shares of the hash space, in percent. Language-model training takes most of it.
 SPLITS = {"lm": range(76), "train": range(76, 84), "validation": range(84, 92), "test": range(92, 100)}
-LARGEST_VALUE = 48
-LARGEST_TOTAL = 99
+LARGEST_VALUE = 30
+LARGEST_TOTAL = 60
 
 
 @dataclass
@@ -98,7 +98,7 @@ def draw_problem(rng: random.Random) -> Problem:
     """Draws worlds until the numbers stay small enough for a small model."""
     while True:
         quantities: list[Quantity] = []
-        for _ in range(rng.choice((3, 4, 4))):
+        for _ in range(rng.choice((3, 4, 4, 4))):
             quantities.append(draw_quantity(rng, quantities))
         values = [q.value for q in quantities]
         if max(values) > LARGEST_VALUE or len(set(values)) < len(values):
@@ -274,7 +274,7 @@ class Writer:
                 f"{name} has {formula} = {q.value} {thing}.",
             )
         )
-        if self.style.random() < 0.35:
+        if self.style.random() < 0.6:
             self.lines[-1] += self.phrase(f" Check: {check}.", f" ({check})")
 
     def recap(self, order: list[int]) -> None:
@@ -299,7 +299,7 @@ class Writer:
             )
             return d
         self.style.shuffle(order)
-        if len(order) > 1 and self.style.random() < 0.5:
+        if len(order) > 1 and self.style.random() < 0.7:
             self.recap(order)
             self.style.shuffle(order)
         total = values[order[0]]
@@ -364,7 +364,7 @@ class Writer:
         ) + self.phrase("We want to know ", "The question is ", "We need ")
         opening += self.goal() + ". "
         # A careful solver sometimes works out what nobody asked for.
-        extra = {i for i in range(len(quantities)) if self.style.random() < 0.5}
+        extra = {i for i in range(len(quantities)) if self.style.random() < 0.8}
         open_steps = self.with_references(extra | set(self.problem.asked))
         done: set[int] = set()
         remarks = [

@@ -36,8 +36,8 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-# Words keep their leading space, numbers are split into digits, and the first digit keeps the space.
-WORD_PATTERN = r" ?\p{L}+| ?\p{N}|\s*[\r\n]| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Words keep their leading space; so do numbers, which are one token up to 99.
+WORD_PATTERN = r" ?\p{L}+| ?\p{N}{1,2}|\s*[\r\n]| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 PYTHON_MODULES = [
     "ast",
     "bisect",
@@ -52,7 +52,7 @@ PYTHON_MODULES = [
     "textwrap",
 ]
 SHAPES = {
-    "target": {"num_hidden_layers": 8, "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 3},
+    "target": {"num_hidden_layers": 8, "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6},
     "draft": {"num_hidden_layers": 2, "hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 2},
 }
 # Plain solutions first: they make no free choice, so that every bit of the loss is about who has what. Mixed wordings
@@ -74,6 +74,7 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     for _ in range(4000):
         example = next(stream)
         corpus += [task.instruction(example), response(example["answer"])]
+    corpus += [f"{n} {n}" for n in range(100)] * 300
     for name in PYTHON_MODULES:
         corpus.append(inspect.getsource(importlib.import_module(name)))
     tokenizer = Tokenizer(models.BPE())
@@ -95,7 +96,7 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         bos_token=BEGIN,
         eos_token=END,
-        pad_token=BEGIN,
+        pad_token=END,
         padding_side="left",
         chat_template=CHAT_TEMPLATE,
         model_max_length=4096,
