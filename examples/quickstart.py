@@ -46,12 +46,13 @@ def choose_threshold(rows: list[dict]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--output_dir", default="runs/quickstart", help="where the judge is saved")
+    parser.add_argument("--output_dir", default="runs/quickstart", help="the judge goes to its subfolder judge")
     parser.add_argument("--num_mined", type=int, default=60, help="training problems to mine")
     parser.add_argument("--num_validation", type=int, default=30, help="validation problems for the threshold")
     parser.add_argument("--num_test", type=int, default=30, help="held-out problems for the table")
     parser.add_argument("--num_assistant_tokens", type=int, default=16, help="draft length")
     args = parser.parse_args()
+    judge_dir = str(Path(args.output_dir) / "judge")
     started = time.perf_counter()
     torch.set_num_threads(2)
     torch.manual_seed(0)
@@ -76,12 +77,12 @@ def main() -> None:
 
     print("2. Train a judge on the target's hidden states, save it, load it back")
     trainer = JudgeTrainer(
-        JudgeTrainingArguments(output_dir=args.output_dir, overwrite_output_dir=True, validation_size=0.2), mined
+        JudgeTrainingArguments(output_dir=judge_dir, overwrite_output_dir=True, validation_size=0.2), mined
     )
     trainer.train()
     trainer.save_model()
-    judge = AutoJudge.from_pretrained(args.output_dir)
-    print(f"   validation ROC-AUC {trainer.state.best_metric:.3f}; saved to {args.output_dir}")
+    judge = AutoJudge.from_pretrained(judge_dir)
+    print(f"   validation ROC-AUC {trainer.state.best_metric:.3f}; saved to {judge_dir}")
 
     print("3. Choose the threshold on validation problems")
     scores = torch.from_numpy(trainer.predict(mined).predictions)[torch.tensor(mined["label"]) == 1]
@@ -97,8 +98,8 @@ def main() -> None:
         num_assistant_tokens=args.num_assistant_tokens,
         max_new_tokens=MAX_NEW_TOKENS,
     )
-    judge.config.threshold = choose_threshold(rows)
-    judge.save_pretrained(args.output_dir)
+    judge.config.threshold = trainer.judge.config.threshold = choose_threshold(rows)
+    trainer.save_model()
     print(f"   threshold {judge.config.threshold:.3g}")
 
     print(f"4. Decode {args.num_test} problems that nothing was chosen on, draft length {args.num_assistant_tokens}")

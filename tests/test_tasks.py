@@ -4,7 +4,7 @@
 import re
 
 import pytest
-from conftest import SHARED_DATA, read_jsonl
+from conftest import ROOT, SHARED_DATA, read_jsonl
 
 from autojudge_hf.tasks import GSM8K
 
@@ -103,3 +103,14 @@ def test_metric_runs_without_network():
         references=["a\n#### 18", "b\n#### 4", "c\n#### 5"],
     )
     assert result == {"accuracy": pytest.approx(1 / 3), "answered": pytest.approx(2 / 3)}
+
+
+def test_the_readmes_own_task(tokenizer):
+    (block,) = (b for b in re.findall(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.S) if "(Task)" in b)
+    names = {}
+    exec(block, names)
+    task = names["Capitals"]()
+    assert "the capital of France" in task.prompt({"country": "France"}, tokenizer)
+    texts = ["Answer: Lyon? No. Answer: Paris.", "Paris"]
+    assert task.extract_answers([{}] * 2, texts) == ["paris", None]
+    assert task.is_correct({"capital": "Paris"}, "paris") and not task.equivalent(None, "paris")

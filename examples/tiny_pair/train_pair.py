@@ -193,6 +193,8 @@ def main() -> None:
     args.out = args.out or HERE / args.part
     args.steps = args.steps or STEPS[args.part]
     args.plain_steps = PLAIN_STEPS[args.part] if args.plain_steps is None else args.plain_steps
+    if args.steps <= args.plain_steps:
+        parser.error(f"--steps must be more than the {args.plain_steps} plain ones, got {args.steps}")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(HERE / args.part)
     model = train_model(args.part, tokenizer, args)
     model.to(torch.bfloat16).save_pretrained(args.out)

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measuring: the figures against a literal count, plain greedy under any generation config, refusals."""
+
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import random_llama, similar_model
+
+from autojudge_hf import AutoJudge, JudgeConfig, evaluate_judge
+from autojudge_hf.evaluation import highlight_accepted, measure_decoding, paired_interval
+from autojudge_hf.tasks import Task
+
+
+class EvenLength(Task):
+    """A made-up task: the answer is whether the text has an even number of characters."""
+
+    name = "even-length"
+
+    def prompt(self, example, tokenizer):
+        return example["text"]
+
+    def extract_answers(self, examples, texts):
+        return [len(text) % 2 == 0 for text in texts]
+
+    def is_correct(self, example, answer):
+        return answer == example["even"]
+
+
+EXAMPLES = [{"text": f"{word} has {n} apples.", "even": n % 2 == 0} for n, word in enumerate(("Anna", "Ben", "Ivy"))]
+OPTIONS = {"num_assistant_tokens": 4, "max_new_tokens": 24}
+
+
+@pytest.fixture(scope="module")
+def pair():
+    model = random_llama(vocab_size=1024, eos_token_id=1)
+    return model, similar_model(model)
+
+
+@pytest.fixture
+def top_k():
+    return AutoJudge.from_config(JudgeConfig(judge_type="top_k"))
+
+
+def test_rows_equal_a_literal_count(pair, tokenizer, top_k):
+    model, assistant = pair
+    model.generation_config.update(repetition_penalty=1.5, do_sample=True, temperature=0.3)
+    try:
+        lossless, judged = evaluate_judge(
+            model, assistant, tokenizer, EXAMPLES, EvenLength(), top_k, thresholds=[0.8], **OPTIONS
+        )
+    finally:
+        model.generation_config.update(repetition_penalty=None, do_sample=False, temperature=None)
+    assert lossless["threshold"] is None and judged["threshold"] == 0.8
+    for row, threshold in ((lossless, 0.0), (judged, 0.8)):
+        texts, tokens, forwards = [], 0, 0
+        for example in EXAMPLES:
+            ids = tokenizer(example["text"], return_tensors="pt", add_special_tokens=False)["input_ids"]
+            output = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                assistant_model=assistant,
+                judge=top_k,
+                judge_threshold=threshold,
+                do_sample=False,
+                return_dict_in_generate=True,
+                **OPTIONS,
+            )
+            response = output.sequences[0, ids.shape[1] :]
+            if threshold == 0.0:
+                assert output.sequences[0].tolist() == reference.greedy(model, ids[0].tolist(), 24, (1,))
+            texts.append(tokenizer.decode(response, skip_special_tokens=True))
+            tokens += len(response)
+            forwards += output.num_target_forwards.item()
+        assert row["texts"] == texts
+        assert row["correct"] == [(len(t) % 2 == 0) == e["even"] for t, e in zip(texts, EXAMPLES)]
+        assert row["accuracy"] == pytest.approx(sum(row["correct"]) / 3)
+        assert row["mean_response_length"] == pytest.approx(tokens / 3)
+        # The prefill and its token aren't a cycle.
+        assert row["tokens_per_cycle"] == pytest.approx((tokens - 3) / forwards)
+        assert row["tokens_per_second"] > 0
+    assert judged["tokens_per_cycle"] > lossless["tokens_per_cycle"]
+
+
+def test_plain_generate_is_one_token_a_forward(pair, tokenizer):
+    row = measure_decoding(pair[0], tokenizer, EXAMPLES, EvenLength(), "alone", do_sample=False, max_new_tokens=9)
+    assert row["tokens_per_cycle"] == 1.0 and row["mean_response_length"] <= 9
+
+
+def test_refused_before_any_forward(pair, tokenizer, top_k):
+    def no_forward(*args):
+        raise AssertionError("a forward ran")
+
+    misfit = AutoJudge.from_config(JudgeConfig(hidden_size=77))
+    hooks = [model.register_forward_pre_hook(no_forward) for model in pair]
+    for examples, judge, thresholds, message in (
+        ([], top_k, [0.5], "at least one example"),
+        (EXAMPLES, top_k, [0.5, 2.0], r"\[0, 1\].*2\.0"),
+        (EXAMPLES, misfit, [0.5], "77.*32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate_judge(*pair, tokenizer, examples, EvenLength(), judge, thresholds=thresholds, **OPTIONS)
+    for hook in hooks:
+        hook.remove()
+
+
+def test_paired_interval():
+    rng = np.random.default_rng(3)
+    first, second = rng.random(400) < 0.9, rng.random(400) < 0.85
+    low, high = paired_interval(first, second)
+    difference = first.astype(float) - second
+    resampled = [difference[rng.integers(0, 400, 400)].mean() for _ in range(5000)]
+    np.testing.assert_allclose([low, high], np.quantile(resampled, [0.025, 0.975]), atol=0.005)
+    assert paired_interval(first, first) == (0.0, 0.0)
+    assert paired_interval(second, first)[0] == pytest.approx(-high, abs=0.005)
+
+
+def test_highlighted_are_the_accepted_mismatches(pair, tokenizer, top_k):
+    model, assistant = pair
+    ids = tokenizer(EXAMPLES[0]["text"], return_tensors="pt", add_special_tokens=False)["input_ids"]
+    for threshold in (0.0, 0.8):
+        output = model.generate(
+            ids,
+            do_sample=False,
+            assistant_model=assistant,
+            judge=top_k,
+            judge_threshold=threshold,
+            return_dict_in_generate=True,
+            **OPTIONS,
+        )
+        text = highlight_accepted(model, tokenizer, output.sequences[0], ids.shape[1])
+        assert text.count("\033[30;43m") == output.num_judge_accepted.item()
+        assert (threshold == 0.0) == (output.num_judge_accepted.item() == 0)
