@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import LogitsProcessorList
 from transformers.generation import CandidateGenerator
 
-from .forward import cached_forward, max_positions, rewindable_cache, vocab_size
+from .forward import cached_forward, rewind, rewindable_cache, vocab_size
 
 
 if TYPE_CHECKING:
@@ -19,19 +19,15 @@ if TYPE_CHECKING:
 class JudgeCandidateGenerator(CandidateGenerator):
     """Drafts candidates with a smaller model, on its own cache.
 
-    Unlike the stock generator it doesn't call `generate` for every draft, and it obeys `num_assistant_tokens`
-    exactly; of the assistant's generation config it reads nothing else. A draft ends early at an EOS token, at the
-    remaining budget and where either model runs out of positions.
+    Unlike the stock generator it doesn't call `generate` for every draft, it obeys `num_assistant_tokens` exactly,
+    and it drafts for several rows at once; of the assistant's generation config it reads nothing else.
 
     Args:
         assistant_model (`PreTrainedModel`): the drafter.
-        target_model (`PreTrainedModel`): whose vocabulary and position limit the candidates keep to.
-        logits_processor (`LogitsProcessorList`): the target's; the draft follows the same rules.
+        target_model (`PreTrainedModel`): whose vocabulary the candidates keep to.
         num_assistant_tokens (`int`): candidates per cycle.
-        max_length (`int`): of prompt and response together, in tokens.
-        eos_token_ids (`set[int]`): the target's.
         do_sample (`bool`): whether to draw the candidates rather than take the best.
-        attention_mask (`torch.LongTensor` of shape `(b, prompt_length)`, *optional*): 0 at padding.
+        eos_token_ids (`set[int]`): the target's. A draft ends when every row has one.
         output_states (`bool`, *optional*, defaults to `False`): whether to keep the assistant's hidden states; the
             state of the last candidate costs one more pass per cycle.
     """
@@ -40,72 +36,84 @@ class JudgeCandidateGenerator(CandidateGenerator):
         self,
         assistant_model: PreTrainedModel,
         target_model: PreTrainedModel,
-        logits_processor: LogitsProcessorList,
         num_assistant_tokens: int,
         *,
-        max_length: int,
-        eos_token_ids: set[int],
         do_sample: bool,
-        attention_mask: torch.Tensor | None = None,
+        eos_token_ids: set[int],
         output_states: bool = False,
     ):
         self.assistant_model = assistant_model
-        self.logits_processor = logits_processor
         self.num_assistant_tokens = num_assistant_tokens
-        self.attention_mask = attention_mask
-        self.output_states = output_states
         self.do_sample = do_sample
         self.eos_token_ids = eos_token_ids
+        self.output_states = output_states
         self.target_vocab_size = vocab_size(target_model)
-        # A cycle commits one token more than it has candidates, and the last committed token needs no position yet.
-        limits = [max_length - 1]
-        limits += [limit for limit in (max_positions(target_model), max_positions(assistant_model)) if limit]
-        self.max_sequence_length = min(limits)
         self.cache = rewindable_cache(assistant_model)
         #: The assistant's last hidden states of the last draft, from the last committed token to the last candidate:
         #: shape `(b, k + 1, h_a)`.
         self.states: torch.Tensor | None = None
+        self._length = 0
 
-    def get_candidates(self, input_ids: torch.LongTensor, **kwargs) -> tuple[torch.LongTensor, torch.Tensor | None]:
+    def get_candidates(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        max_candidates: int | None = None,
+        process: Callable[[torch.LongTensor, torch.Tensor], torch.Tensor] | None = None,
+    ) -> tuple[torch.LongTensor, torch.Tensor | None]:
         """Drafts after `input_ids`.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(b, n)`): the committed tokens. What was drafted before and isn't
-                among them is forgotten.
+            input_ids (`torch.LongTensor` of shape `(b, n)`): the committed tokens.
+            attention_mask (`torch.LongTensor` of shape `(b, n)`, *optional*): 0 at padding.
+            max_candidates (`int`, *optional*): draft at most so many.
+            process (`Callable`, *optional*): the target's logits processors, which the draft follows too: from the
+                candidates so far, `(b, i)`, and their next logits, `(b, 1, v)`, to processed logits.
 
         Returns:
             `(candidate_input_ids, logits)`: the tokens followed by `k` candidates, shape `(b, n + k)`; and the
             processed logits that they were drawn from, shape `(b, k, v)`, `None` for a greedy draft.
         """
-        device = input_ids.device
-        length = input_ids.shape[1]
-        self.cache.crop(-max(0, self.cache.get_seq_length() - (length - 1)))
+        self._length = input_ids.shape[1]
         sequence, logits, states = input_ids, [], []
-        for _ in range(min(self.num_assistant_tokens, self.max_sequence_length - length)):
-            outputs = self._forward(sequence)
-            next_logits = self._padded(outputs.logits[:, -1, : self.target_vocab_size].to(device, torch.float32))
-            if self.logits_processor:
-                next_logits = self.logits_processor(sequence, next_logits)
+        limit = self.num_assistant_tokens if max_candidates is None else max_candidates
+        ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        eos = torch.tensor(sorted(self.eos_token_ids), dtype=torch.long, device=input_ids.device)
+        for _ in range(min(self.num_assistant_tokens, limit)):
+            outputs = self._forward(sequence, attention_mask)
+            next_logits = outputs.logits[:, -1:, : self.target_vocab_size].to(input_ids.device, torch.float32)
+            next_logits = self._padded(next_logits)
+            if process is not None:
+                next_logits = process(sequence[:, self._length :], next_logits)
             if self.do_sample:
-                next_token = torch.multinomial(next_logits.softmax(dim=-1), num_samples=1)
+                next_token = torch.multinomial(next_logits[:, 0].softmax(dim=-1), num_samples=1)
                 logits.append(next_logits)
             else:
-                next_token = next_logits.argmax(dim=-1, keepdim=True)
+                next_token = next_logits[:, 0].argmax(dim=-1, keepdim=True)
             if self.output_states:
                 states.append(outputs.hidden_states[-1][:, -1:])
             sequence = torch.cat([sequence, next_token], dim=1)
-            if self.eos_token_ids and next_token.item() in self.eos_token_ids:
+            ended |= torch.isin(next_token[:, 0], eos)
+            if ended.all():
                 break
         if states:
-            states.append(self._forward(sequence).hidden_states[-1][:, -1:])
+            states.append(self._forward(sequence, attention_mask).hidden_states[-1][:, -1:])
             self.states = torch.cat(states, dim=1)
-        return sequence, torch.stack(logits, dim=1) if logits else None
+        return sequence, torch.cat(logits, dim=1) if logits else None
+
+    def rewind(self, num_committed: Sequence[int]) -> None:
+        """Forgets the candidates that weren't committed: row i went on by `num_committed[i]` tokens."""
+        cached = self.cache.get_seq_length()
+        if cached:
+            # All rows leave the same number of committed tokens to the next draft: the newest, and one more where a
+            # row's last candidate, which never ran through the assistant, was accepted.
+            ahead = max(1, self._length + max(num_committed) - cached)
+            rewind(self.cache, [cached - (self._length + n - ahead) for n in num_committed])
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
         """The draft length is fixed."""
 
-    def _forward(self, sequence: torch.Tensor):
-        mask = self.attention_mask
+    def _forward(self, sequence: torch.LongTensor, mask: torch.Tensor | None):
         if mask is not None:
             mask = torch.nn.functional.pad(mask, (0, sequence.shape[1] - mask.shape[1]), value=1)
         # Where the target has more tokens than the assistant, any other token will do: only the draft gets worse.

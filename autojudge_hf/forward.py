@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,22 @@ def rewindable_cache(model: PreTrainedModel) -> DynamicCache:
             f"{type(model).__name__} can't take tokens back: expected attention layers only, its cache has {other}."
         )
     return cache
+
+
+def rewind(cache: Cache, removed: Sequence[int]) -> None:
+    """Takes the last `removed[i]` tokens of row i back; the rows stay aligned at their ends.
+
+    A row that loses more than another moves right, and what wraps round to its front is for the mask to hide.
+    """
+    least = min(removed)
+    if max(removed) > least:
+        for layer in cache.layers:
+            length = layer.keys.shape[2]
+            shift = torch.tensor(removed, device=layer.keys.device) - least
+            source = (torch.arange(length, device=shift.device) - shift[:, None]) % length
+            layer.keys = torch.take_along_dim(layer.keys, source[:, None, :, None], dim=2)
+            layer.values = torch.take_along_dim(layer.values, source[:, None, :, None], dim=2)
+    cache.crop(-least)
 
 
 @torch.no_grad()

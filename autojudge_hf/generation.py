@@ -7,27 +7,22 @@ import copy
 import functools
 import inspect
 import logging
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    EosTokenCriteria,
-    GenerationMixin,
-    LogitsProcessorList,
-    MaxLengthCriteria,
-    StoppingCriteriaList,
-    StopStringCriteria,
-)
+from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .candidate_generator import JudgeCandidateGenerator
 from .configuration import checked_threshold, decoding_settings
 from .features import judge_inputs
-from .forward import cached_forward, hidden_size
+from .forward import cached_forward, hidden_size, max_positions, rewind
 from .modeling import Judge
-from .verification import Verification, harmless, verify_greedy, verify_sampled
+from .rows import RowProcessors, Rows, StopRule
+from .verification import harmless, verify_greedy, verify_sampled
 
 
 if TYPE_CHECKING:
@@ -77,63 +72,68 @@ def judge_decoding(
 
     A decoding method for `generate(custom_generate=functools.partial(judge_decoding, judge=...,
     assistant_model=...), assistant_model=...)`; `generate(judge=...)` is the short form. Each cycle drafts
-    candidates, runs the target once over them, and commits a prefix and the target's next token.
+    candidates, runs the target once over them, and commits a prefix and the target's next token; how many tokens
+    that is differs from row to row, and a greedy row gives what it gives alone.
 
     Args:
         model (`PreTrainedModel`): the target.
-        input_ids (`torch.LongTensor` of shape `(1, prompt_length)`): the prompt.
+        input_ids (`torch.LongTensor` of shape `(b, prompt_length)`): the prompts, padded on the left.
         logits_processor, stopping_criteria, generation_config: as `generate` prepares them.
         judge (`Judge`, *optional*): `None` accepts no mismatch.
         assistant_model (`PreTrainedModel`): the drafter.
         judge_threshold (`float`, *optional*): accept a mismatch below this score; default `judge.config.threshold`.
         num_assistant_tokens (`int`, *optional*): candidates per cycle; default: the assistant's generation config.
-        streamer (`BaseStreamer`, *optional*): gets each cycle's tokens.
+        streamer (`BaseStreamer`, *optional*): gets each cycle's tokens; for a single prompt.
         model_kwargs: what `generate` prepared for the forward: cache, attention mask.
 
     Returns:
         [`JudgeDecoderOnlyOutput`] if `generation_config.return_dict_in_generate`, else the sequences, a
-        `torch.LongTensor` of shape `(1, length)`.
+        `torch.LongTensor` of shape `(b, length)`.
 
     Raises:
         ValueError: before any forward, for whatever isn't supported or doesn't fit.
     """
     num_assistant_tokens = _checked_draft_length(num_assistant_tokens, assistant_model)
     threshold = checked_judge(judge, judge_threshold, model, assistant_model, generation_config)
-    _check_supported(model, assistant_model, input_ids, generation_config, model_kwargs)
+    _check_supported(model, assistant_model, input_ids, generation_config, streamer, model_kwargs)
 
-    cache, attention_mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
+    cache = model_kwargs["past_key_values"]
     cache.activate_past_recording()
     judges = judge is not None and threshold > 0.0
     reads_target = judges and judge.reads_states and judge.config.hidden_size is not None
     reads_assistant = judges and judge.reads_states and judge.config.assistant_hidden_size is not None
-    stop = _StopRule(stopping_criteria)
+    rows = Rows(input_ids, model_kwargs.get("attention_mask"))
+    stop = StopRule(stopping_criteria)
+    processors = RowProcessors(logits_processor, len(input_ids))
     drafter = JudgeCandidateGenerator(
         assistant_model,
         model,
-        logits_processor,
         num_assistant_tokens,
-        max_length=stop.max_length,
-        eos_token_ids=stop.eos_token_ids,
         do_sample=generation_config.do_sample,
-        attention_mask=attention_mask,
+        eos_token_ids=stop.eos_token_ids,
         output_states=reads_assistant,
     )
-    keep_scores = generation_config.return_dict_in_generate and generation_config.output_scores
-    keep_logits = generation_config.return_dict_in_generate and generation_config.output_logits
-    scores, raw_logits = () if keep_scores else None, () if keep_logits else None
-    counts = torch.zeros(4, dtype=torch.long)
+    max_length = min((n for n in (max_positions(model), max_positions(assistant_model)) if n), default=math.inf)
+    kept_logits = _KeptLogits(generation_config, len(input_ids))
+    counts = torch.zeros(len(input_ids), 4, dtype=torch.long)
 
     prefill = True
-    while True:
+    while rows.active:
         # The first cycle is the prefill: no candidates, the target's first token.
-        length = input_ids.shape[1]
-        sequence, assistant_logits = (input_ids, None) if prefill else drafter.get_candidates(input_ids)
-        candidate_ids = sequence[:, length:]
+        sequence, assistant_logits, room = rows.input_ids, None, [0] * len(rows.active)
+        if not prefill:
+            # A cycle commits one token more than it has candidates, and the newest one needs no position yet.
+            limits = zip(stop.room(rows), rows.lengths)
+            room = [min(left - 1, max(0, max_length - length)) for left, length in limits]
+            process = functools.partial(processors, rows)
+            sequence, assistant_logits = drafter.get_candidates(sequence, rows.attention_mask, max(room), process)
+        candidate_ids = sequence[:, rows.input_ids.shape[1] :]
         k = candidate_ids.shape[1]
+        lengths = _draft_lengths(candidate_ids, room, stop.eos_token_ids)
 
+        attention_mask = rows.attention_mask
         if attention_mask is not None:
-            missing = sequence.shape[1] - attention_mask.shape[1]
-            attention_mask = torch.nn.functional.pad(attention_mask, (0, missing), value=1)
+            attention_mask = torch.nn.functional.pad(attention_mask, (0, k), value=1)
         outputs = cached_forward(
             model,
             sequence[:, cache.get_seq_length() :],
@@ -142,48 +142,55 @@ def judge_decoding(
             num_logits=k + 1,
             output_hidden_states=reads_target and k > 0,
         )
-        new_logits = outputs.logits[:, -k - 1 :].to(input_ids.device, torch.float32)
-        processed = _process(logits_processor, sequence, new_logits, length)
+        logits = outputs.logits[:, -k - 1 :].to(input_ids.device, torch.float32)
+        processed = processors(rows, candidate_ids, logits)
 
         is_harmless = None
         if judges and k > 0:
             target_states = outputs.hidden_states[-1][:, -k - 1 :] if reads_target else None
             inputs = judge_inputs(candidate_ids, processed, target_states, drafter.states, judge.config.state_position)
             is_harmless = harmless(judge(inputs), threshold)
-        verification = _verify(generation_config.do_sample, candidate_ids, processed, assistant_logits, is_harmless)
+            if not torch.isfinite(inputs.features).all():
+                _warn_once("Hidden states with NaN or infinity: the judge rejects the candidates they belong to.")
+        if generation_config.do_sample:
+            verification = verify_sampled(candidate_ids, processed, assistant_logits, is_harmless, lengths)
+        else:
+            verification = verify_greedy(candidate_ids, processed, is_harmless, lengths)
 
-        num_accepted = int((verification.matched | verification.judged).sum())
-        new_tokens = torch.cat([candidate_ids[:, :num_accepted], verification.next_token[:, None]], dim=1)
-        num_kept, finished = stop(input_ids, new_tokens, scores)
-        input_ids = torch.cat([input_ids, new_tokens[:, :num_kept]], dim=1)
-        # The newest token's keys and values aren't in the cache yet; those of rejected candidates are.
-        cache.crop(-(k + 1 - num_kept))
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, : input_ids.shape[1]]
-
-        if keep_scores:
-            scores += tuple(processed[:, i] for i in range(num_kept))
-        if keep_logits:
-            raw_logits += tuple(new_logits[:, i] for i in range(num_kept))
+        blocks, finished = [], []
+        for j, block in enumerate(verification.committed(candidate_ids)):
+            num_kept, done = stop(rows, j, block)
+            blocks.append(block[:num_kept])
+            finished.append(done)
+            row = rows.active[j]
+            kept_logits.add(row, processed[j, :num_kept], logits[j, :num_kept])
+            if not prefill:
+                matched, judged = (mask[j, :num_kept].sum() for mask in (verification.matched, verification.judged))
+                counts[row] += torch.tensor([1, lengths[j], matched, judged])
         if streamer is not None:
-            streamer.put(new_tokens[:, :num_kept].cpu())
-        if not prefill:
-            matched, judged = (mask[:, :num_kept].sum() for mask in verification[:2])
-            counts += torch.tensor([1, k, matched, judged])
-        if finished:
-            break
+            streamer.put(torch.tensor(blocks))
+        # The newest token's keys and values aren't in the cache yet; those of rejected candidates are.
+        rewind(cache, [k + 1 - len(block) for block in blocks])
+        drafter.rewind([len(block) for block in blocks])
+        rows.commit(blocks, finished)
+        if rows.active and any(finished):
+            unfinished = torch.tensor([j for j, done in enumerate(finished) if not done])
+            cache.batch_select_indices(unfinished)
+            drafter.cache.batch_select_indices(unfinished)
         prefill = False
 
     if streamer is not None:
         streamer.end()
+    pad_token_id = getattr(generation_config, "_pad_token_tensor", None)
+    sequences = rows.sequences(0 if pad_token_id is None else int(pad_token_id))
     if not generation_config.return_dict_in_generate:
-        return input_ids
-    forwards, candidates, matches, judged = counts[:, None]
+        return sequences
+    forwards, candidates, matches, judged = counts.T
     return JudgeDecoderOnlyOutput(
-        sequences=input_ids,
-        scores=scores,
-        logits=raw_logits,
-        past_key_values=cache,
+        sequences=sequences,
+        scores=kept_logits.scores,
+        logits=kept_logits.logits,
+        past_key_values=cache if len(input_ids) == 1 else None,
         num_target_forwards=forwards,
         num_candidates=candidates,
         num_matches=matches,
@@ -191,53 +198,42 @@ def judge_decoding(
     )
 
 
-def _process(
-    logits_processor: LogitsProcessorList, sequence: torch.Tensor, logits: torch.Tensor, length: int
-) -> torch.Tensor:
-    """The target's logits as `generate` would see them: position i behind the tokens before candidate i."""
-    if not logits_processor:
-        return logits
-    processed = [logits_processor(sequence[:, : length + i], logits[:, i].clone()) for i in range(logits.shape[1])]
-    return torch.stack(processed, dim=1)
+def _draft_lengths(candidate_ids: torch.LongTensor, room: list[int], eos_token_ids: set[int]) -> torch.LongTensor:
+    """How many of each row's candidates count: up to its room and its first EOS token, which a draft ends at."""
+    lengths = []
+    for candidates, limit in zip(candidate_ids.tolist(), room):
+        ends = (i for i, token in enumerate(candidates, start=1) if token in eos_token_ids)
+        lengths.append(min(next(ends, len(candidates)), limit))
+    return torch.tensor(lengths, dtype=torch.long, device=candidate_ids.device)
 
 
-def _verify(
-    do_sample: bool,
-    candidate_ids: torch.Tensor,
-    target_logits: torch.Tensor,
-    assistant_logits: torch.Tensor | None,
-    is_harmless: torch.Tensor | None,
-) -> Verification:
-    if not do_sample:
-        return verify_greedy(candidate_ids, target_logits, is_harmless)
-    if assistant_logits is None:
-        assistant_logits = target_logits[:, :0]
-    return verify_sampled(candidate_ids, target_logits, assistant_logits, is_harmless)
+class _KeptLogits:
+    """`output_scores` and `output_logits`: a tensor of shape `(b, v)` per token, zeros behind a row's end."""
 
+    def __init__(self, generation_config: GenerationConfig, batch_size: int):
+        dict_output = generation_config.return_dict_in_generate
+        self._scores = [[] for _ in range(batch_size)] if dict_output and generation_config.output_scores else None
+        self._logits = [[] for _ in range(batch_size)] if dict_output and generation_config.output_logits else None
 
-class _StopRule:
-    """Where a committed block ends the response: at its first prefix that a stopping criterion accepts.
+    def add(self, row: int, scores: torch.Tensor, logits: torch.Tensor) -> None:
+        for kept, new in ((self._scores, scores), (self._logits, logits)):
+            if kept is not None:
+                kept[row].append(new)
 
-    Length and EOS are known for a whole block at once; any other criterion has to see every prefix.
-    """
+    @property
+    def scores(self) -> tuple[torch.Tensor, ...] | None:
+        return self._by_token(self._scores)
 
-    def __init__(self, criteria: StoppingCriteriaList):
-        self.max_length = min(c.max_length for c in criteria if isinstance(c, MaxLengthCriteria))
-        eos_criteria = [c for c in criteria if isinstance(c, EosTokenCriteria)]
-        self.eos_token_ids = {token for c in eos_criteria for token in c.eos_token_id.flatten().tolist()}
-        self.others = StoppingCriteriaList(
-            c for c in criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))
-        )
+    @property
+    def logits(self) -> tuple[torch.Tensor, ...] | None:
+        return self._by_token(self._logits)
 
-    def __call__(self, input_ids: torch.Tensor, new_tokens: torch.Tensor, scores: tuple | None) -> tuple[int, bool]:
-        """How many of `new_tokens` stay, and whether the response is finished."""
-        length = input_ids.shape[1]
-        for i, token in enumerate(new_tokens[0].tolist(), start=1):
-            if token in self.eos_token_ids or length + i >= self.max_length:
-                return i, True
-            if self.others and self.others(torch.cat([input_ids, new_tokens[:, :i]], dim=1), scores).all():
-                return i, True
-        return new_tokens.shape[1], False
+    @staticmethod
+    def _by_token(kept: list[list[torch.Tensor]] | None) -> tuple[torch.Tensor, ...] | None:
+        if kept is None:
+            return None
+        rows = [torch.cat(blocks) for blocks in kept]
+        return torch.nn.utils.rnn.pad_sequence(rows).unbind(0)
 
 
 def _checked_draft_length(num_assistant_tokens: int | None, assistant_model: PreTrainedModel | None) -> int:
@@ -308,15 +304,20 @@ def _check_supported(
     assistant_model: PreTrainedModel,
     input_ids: torch.Tensor,
     generation_config: GenerationConfig,
+    streamer: BaseStreamer | None,
     model_kwargs: dict[str, Any],
 ) -> None:
     cache = model_kwargs.get("past_key_values")
+    mask = model_kwargs.get("attention_mask")
+    is_padded_right = mask is not None and not mask[:, -1].all()
     known = {"past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
     other = sorted(k for k, v in model_kwargs.items() if v is not None and k not in known)
     reasons = {
         "encoder-decoder models": model.config.is_encoder_decoder or assistant_model.config.is_encoder_decoder,
         "stateful models, which can't take tokens back": model._is_stateful or assistant_model._is_stateful,
-        f"batches (got {input_ids.shape[0]} rows; decode one prompt at a time)": input_ids.shape[0] > 1,
+        "prompts padded on the right (set `padding_side='left'`)": is_padded_right,
+        "continuing from a cache with several prompts": len(input_ids) > 1 and cache and cache.get_seq_length() > 0,
+        "streamers with several prompts": len(input_ids) > 1 and streamer is not None,
         "beam search": (generation_config.num_beams or 1) > 1,
         "`num_return_sequences` above 1": (generation_config.num_return_sequences or 1) > 1,
         "`guidance_scale`": generation_config.guidance_scale not in (None, 1),

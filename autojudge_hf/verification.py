@@ -7,6 +7,7 @@ Tensors in, tensors out; no model. Shapes: b rows, k candidates, v entries of th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,12 @@ class Verification(NamedTuple):
     judged: torch.Tensor
     next_token: torch.Tensor
 
+    def committed(self, candidate_ids: torch.LongTensor) -> list[list[int]]:
+        """The tokens of each row's block: accepted candidates, then the target's own."""
+        counts = (self.matched | self.judged).sum(dim=1).tolist()
+        rows = zip(candidate_ids.tolist(), counts, self.next_token.tolist())
+        return [[*candidates[:n], own] for candidates, n, own in rows]
+
 
 def harmless(score_logits: torch.Tensor, threshold: float) -> torch.Tensor:
     """Which scores fall below `threshold`, compared as logits.
@@ -40,7 +47,10 @@ def harmless(score_logits: torch.Tensor, threshold: float) -> torch.Tensor:
 
 
 def verify_greedy(
-    candidate_ids: torch.Tensor, target_logits: torch.Tensor, is_harmless: torch.Tensor | None
+    candidate_ids: torch.Tensor,
+    target_logits: torch.Tensor,
+    is_harmless: torch.Tensor | None,
+    lengths: torch.Tensor | None = None,
 ) -> Verification:
     """Keeps candidates while each is the target's argmax, or harmless.
 
@@ -50,17 +60,21 @@ def verify_greedy(
             follows candidate i - 1, so that `target_logits[:, i]` is for candidate i and the last one is for the
             bonus token.
         is_harmless (`torch.BoolTensor` of shape `(b, k)`, *optional*): what the judge would accept.
+        lengths (`torch.LongTensor` of shape `(b,)`, *optional*): how many of a row's candidates there really are,
+            all k by default; behind a shorter draft the target's own token follows.
     """
     choices = target_logits.argmax(dim=-1)
     matches = candidate_ids == choices[:, :-1]
-    return _accepted_prefix(matches, is_harmless, lambda n: choices.gather(1, n[:, None]).squeeze(1))
+    is_candidate = _is_candidate(candidate_ids, lengths)
+    return _accepted_prefix(matches, is_harmless, is_candidate, lambda n: choices.gather(1, n[:, None]).squeeze(1))
 
 
 def verify_sampled(
     candidate_ids: torch.Tensor,
     target_logits: torch.Tensor,
-    assistant_logits: torch.Tensor,
+    assistant_logits: torch.Tensor | None,
     is_harmless: torch.Tensor | None,
+    lengths: torch.Tensor | None = None,
 ) -> Verification:
     """Speculative sampling (arXiv 2211.17192, algorithm 1) in which a harmless rejection is taken back.
 
@@ -69,29 +83,44 @@ def verify_sampled(
     Without a judge that is p.
 
     Args:
-        candidate_ids, target_logits, is_harmless: see `verify_greedy`.
-        assistant_logits (`torch.FloatTensor` of shape `(b, k, v)`): the processed logits that the candidates were
-            drawn from; minus infinity where the assistant has no such token.
+        candidate_ids, target_logits, is_harmless, lengths: see `verify_greedy`.
+        assistant_logits (`torch.FloatTensor` of shape `(b, k, v)`, *optional*): the processed logits that the
+            candidates were drawn from; minus infinity where the assistant has no such token. `None` for k = 0.
     """
-    p, q = target_logits.softmax(dim=-1), assistant_logits.softmax(dim=-1)
+    k = candidate_ids.shape[1]
+    p = target_logits.softmax(dim=-1)
+    # Behind the last candidate there is no q: the residual is p itself.
+    q = torch.zeros_like(p)
+    is_candidate = _is_candidate(candidate_ids, lengths)
+    if k > 0:
+        q[:, :k] = assistant_logits.softmax(dim=-1) * is_candidate[..., None]
     p_candidate = p[:, :-1].gather(2, candidate_ids[..., None]).squeeze(2)
-    q_candidate = q.gather(2, candidate_ids[..., None]).squeeze(2)
+    q_candidate = q[:, :k].gather(2, candidate_ids[..., None]).squeeze(2)
     matches = torch.rand_like(q_candidate) * q_candidate < p_candidate
 
     def draw(n: torch.Tensor) -> torch.Tensor:
-        # After the last candidate there is no q: the residual is p itself.
-        q_or_zero = torch.cat([q, torch.zeros_like(p[:, :1])], dim=1)
         at = n[:, None, None].expand(-1, 1, p.shape[-1])
-        residual = (p.gather(1, at) - q_or_zero.gather(1, at)).clamp(min=0).squeeze(1)
+        residual = (p.gather(1, at) - q.gather(1, at)).clamp(min=0).squeeze(1)
         # p = q exactly leaves no residual mass; then nothing is rejected, but rounding can say otherwise.
         empty = residual.sum(dim=-1, keepdim=True) <= 0
         residual = torch.where(empty, p.gather(1, at).squeeze(1), residual)
         return torch.multinomial(residual, num_samples=1).squeeze(1)
 
-    return _accepted_prefix(matches, is_harmless, draw)
+    return _accepted_prefix(matches, is_harmless, is_candidate, draw)
 
 
-def _accepted_prefix(matches: torch.Tensor, is_harmless: torch.Tensor | None, next_token) -> Verification:
+def _is_candidate(candidate_ids: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+    if lengths is None:
+        return torch.ones_like(candidate_ids, dtype=torch.bool)
+    return torch.arange(candidate_ids.shape[1], device=lengths.device) < lengths[:, None]
+
+
+def _accepted_prefix(
+    matches: torch.Tensor,
+    is_harmless: torch.Tensor | None,
+    is_candidate: torch.Tensor,
+    next_token: Callable[[torch.Tensor], torch.Tensor],
+) -> Verification:
     accepted = matches if is_harmless is None else matches | is_harmless
-    prefix = accepted.long().cumprod(dim=1).bool()
+    prefix = (accepted & is_candidate).long().cumprod(dim=1).bool()
     return Verification(prefix & matches, prefix & ~matches, next_token(prefix.sum(dim=1)))

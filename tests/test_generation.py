@@ -140,9 +140,13 @@ def test_lossless_across_architectures(family, top_k):
     expected = model.generate(PROMPT, do_sample=False, max_new_tokens=57)
     assert len(set(expected[0, 7:].tolist())) >= 3
     options = {"assistant_model": assistant, "judge": top_k, "judge_threshold": 0.0, "return_dict_in_generate": True}
-    output = model.generate(PROMPT, do_sample=False, max_new_tokens=57, num_assistant_tokens=5, **options)
+    options |= {"do_sample": False, "max_new_tokens": 57, "num_assistant_tokens": 5}
+    output = model.generate(PROMPT, **options)
     assert torch.equal(output.sequences, expected)
     assert 0 < output.num_matches < output.num_candidates
+    batch = model.generate(**left_padded(PROMPTS), **options).sequences
+    for row, prompt in zip(batch, PROMPTS):
+        assert row[7:].tolist() == reference.greedy(model, prompt, 57, eos_ids=())[len(prompt) :]
 
 
 def test_left_padded_prompt(random_pair, top_k):
@@ -204,6 +208,89 @@ def test_continued_from_a_cache(random_pair, top_k):
     assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
     rest = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=18, **options)
     assert torch.equal(rest, whole)
+
+
+# Batches: row i gives what it gives alone
+
+PROMPTS = [[3, 14, 15, 9, 2, 6, 5], [8, 9], [27, 1, 8, 2], [18]]
+
+
+def left_padded(prompts):
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def test_rows_give_what_they_give_alone(random_pair, linear_judge):
+    """Tokens and counts, lossless and judged, with rows that end at different times."""
+    model, assistant = random_pair
+    free = model.generate(torch.tensor([PROMPTS[0]]), do_sample=False, max_new_tokens=50)[0, 7:].tolist()
+    eos = [free[len(free) // 2], 31]
+    options = {"do_sample": False, "max_new_tokens": 50, "assistant_model": assistant, "judge": linear_judge}
+    options |= {"return_dict_in_generate": True, "num_assistant_tokens": 5, "eos_token_id": eos}
+    lengths = set()
+    for threshold in (0.0, 0.5, 0.9):
+        batch = model.generate(**left_padded(PROMPTS), judge_threshold=threshold, **options)
+        for row, prompt in enumerate(PROMPTS):
+            alone = model.generate(torch.tensor([prompt]), judge_threshold=threshold, **options)
+            response = alone.sequences[0, len(prompt) :].tolist()
+            lengths.add(len(response))
+            got = batch.sequences[row, 7:].tolist()
+            assert got[: len(response)] == response
+            assert set(got[len(response) :]) <= {0}
+            for name in ("num_target_forwards", "num_candidates", "num_matches", "num_judge_accepted"):
+                assert getattr(batch, name)[row] == getattr(alone, name)
+    assert len(lengths) > 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+def test_rows_on_the_embedded_pair(target, draft, tokenizer, test_problems, judge, threshold):
+    problems = test_problems[:4]
+    options = {"do_sample": False, "max_new_tokens": MAX_NEW_TOKENS, "assistant_model": draft, "judge": judge}
+    options |= {"judge_threshold": threshold, "num_assistant_tokens": 16}
+    prompts = [TASK.prompt(problem, tokenizer) for problem in problems]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+    batch = target.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+    for row, problem in enumerate(problems):
+        inputs = encode(tokenizer, problem)
+        response = target.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+        assert torch.equal(batch[row, : len(response)], response)
+
+
+def test_processors_see_each_row_by_itself(random_pair, top_k):
+    """A penalty on a row's own tokens, and a rule for each row's number; scores as stock `generate` gives them."""
+    model, assistant = random_pair
+
+    def allowed(row, tokens):
+        return [t for t in range(32) if t % 4 != row]
+
+    options = {
+        "do_sample": False,
+        "max_new_tokens": 30,
+        "repetition_penalty": 1.3,
+        "prefix_allowed_tokens_fn": allowed,
+    }
+    options |= {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
+    inputs = left_padded(PROMPTS)
+    expected = model.generate(**inputs, **options)
+    got = model.generate(**inputs, assistant_model=assistant, judge=top_k, judge_threshold=0.0, **options)
+    assert torch.equal(got.sequences, expected.sequences)
+    for name in ("scores", "logits"):
+        torch.testing.assert_close(
+            torch.stack(getattr(got, name)), torch.stack(getattr(expected, name)), atol=1e-4, rtol=1e-4
+        )
+
+
+def test_a_batch_that_isnt_realigned_is_noticed(random_pair, top_k, monkeypatch):
+    """A test of the tests above: without the rotation of the shorter rows they must fail."""
+    model, assistant = random_pair
+    options = {"do_sample": False, "max_new_tokens": 30, "assistant_model": assistant, "judge": top_k}
+    inputs = left_padded(PROMPTS)
+    expected = model.generate(**inputs, judge_threshold=0.0, **options)
+    monkeypatch.setattr(torch, "take_along_dim", lambda tensor, indices, dim: tensor)
+    assert not torch.equal(model.generate(**inputs, judge_threshold=0.0, **options), expected)
 
 
 # Judged
@@ -447,18 +534,19 @@ def test_min_new_tokens(random_pair, top_k):
     assert torch.equal(got, model.generate(PROMPT, **options))
 
 
+class Collect(BaseStreamer):
+    def __init__(self):
+        self.tokens, self.ended = [], 0
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended += 1
+
+
 def test_streamer_and_scores(random_pair, top_k):
     model, assistant = random_pair
-
-    class Collect(BaseStreamer):
-        def __init__(self):
-            self.tokens, self.ended = [], 0
-
-        def put(self, value):
-            self.tokens += value.flatten().tolist()
-
-        def end(self):
-            self.ended += 1
 
     streamer = Collect()
     options = {"do_sample": False, "max_new_tokens": 20, "repetition_penalty": 1.2, "return_dict_in_generate": True}
@@ -565,10 +653,15 @@ def test_bad_calls_fail_before_any_forward(random_pair, linear_judge, options, m
     assert not calls
 
 
-def test_batches_are_refused(random_pair, top_k):
+def test_what_batches_refuse(random_pair, top_k):
     model, assistant = random_pair
-    with pytest.raises(ValueError, match="batches .got 2 rows"):
-        model.generate(PROMPT.repeat(2, 1), max_new_tokens=5, assistant_model=assistant, judge=top_k)
+    options = {"max_new_tokens": 5, "assistant_model": assistant, "judge": top_k}
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[0, -2:] = 0
+    with pytest.raises(ValueError, match="padded on the right.*padding_side"):
+        model.generate(PROMPT.repeat(2, 1), attention_mask=mask, **options)
+    with pytest.raises(ValueError, match="streamers with several prompts"):
+        model.generate(PROMPT.repeat(2, 1), streamer=Collect(), **options)
 
 
 def test_judge_for_other_sizes_names_both_numbers(random_pair):

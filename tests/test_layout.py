@@ -22,6 +22,7 @@ ORDER = [
     "model_card",
     "modeling",
     "candidate_generator",
+    "rows",
     "generation",
     "tasks",
     "mining",
@@ -30,7 +31,16 @@ ORDER = [
     "trainer",
     "__init__",
 ]
-SERVING = ("generation", "candidate_generator", "modeling", "model_card", "features", "forward", "verification")
+SERVING = (
+    "generation",
+    "rows",
+    "candidate_generator",
+    "modeling",
+    "model_card",
+    "features",
+    "forward",
+    "verification",
+)
 
 
 def imports(path, top_level_only=False):

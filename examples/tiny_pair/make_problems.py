@@ -144,6 +144,7 @@ class Writer:
         self.style = style
         self.names = rng.sample(NAMES, len(problem.quantities))
         self.thing = rng.choice(THINGS)
+        self.order = list(range(len(problem.quantities)))  # of the facts in the question
         asides = rng.sample(DISTRACTIONS, rng.choice((0, 1, 1, 2)))
         self.asides = [(text, short, rng.randint(3, 40), rng.choice(NAMES)) for text, short in asides]
         self.label_style = style.choice(("none", "number", "step", "word", "word"))
@@ -158,7 +159,7 @@ class Writer:
         q, name, thing = self.problem.quantities[i], self.names[i], self.thing
         other = self.names[q.reference]
         if q.kind == "given":
-            return self.pick(f"{name} has {q.number} {thing}.", f"{name} owns {q.number} {thing}.")
+            return f"{name} has {q.number} {thing}."
         if q.kind in ("more", "fewer"):
             return self.pick(
                 f"{name} has {q.number} {q.kind} {thing} than {other}.",
@@ -174,9 +175,9 @@ class Writer:
 
     def question(self) -> str:
         p = self.problem
-        sentences = [self.fact(i) for i in range(len(p.quantities))]
         if self.rng.random() < 0.2:
-            self.rng.shuffle(sentences)
+            self.rng.shuffle(self.order)
+        sentences = [self.fact(i) for i in self.order]
         for text, _, n, name in self.asides:
             sentences.insert(self.rng.randint(0, len(sentences)), text.format(n=n, name=name))
         who = self.listing(p.asked)
@@ -220,7 +221,7 @@ class Writer:
     def add(self, line: str) -> None:
         label = self.label()
         if label.endswith(", ") and line.startswith(
-            ("We ", "Never ", "The ", "After ", "Adding ", "With ", "So ", "In ", "For ", "They ")
+            ("We ", "Never ", "The ", "After ", "Adding ", "With ", "So ", "In ", "Compare ", "Without ", "They ")
         ):
             line = line[0].lower() + line[1:]
         self.lines.append(label + line)
@@ -245,41 +246,44 @@ class Writer:
             return formula, f"{q.value} / {q.number} = {base}"
         return f"{base} / 2", self.phrase(f"{q.value} + {q.value}", f"2 * {q.value}") + f" = {base}"
 
+    def ledger(self, i: int) -> str:
+        """Who has what: a name and its number side by side, which is what a small model can look up."""
+        return f"{self.names[i]}: {self.problem.quantities[i].value}"
+
     def step(self, i: int) -> None:
         q, name, thing = self.problem.quantities[i], self.names[i], self.thing
+        result = self.ledger(i)
         if q.kind == "given":
             self.add(
                 self.phrase(
-                    f"{name} has {q.value} {thing}.",
-                    f"{name} starts with {q.value} {thing}, as the problem says.",
-                    f"For {name} the problem gives {q.value} {thing}.",
-                    f"{name} has {q.value}, that is known.",
+                    f"{name} has {q.value} {thing}, {result}.",
+                    f"{name} has {q.value} {thing}. {result}.",
+                    f"{name} has {q.value} {thing} to start with. {result}.",
+                    f"The problem says that {name} has {q.value} {thing}, so {result}.",
                 )
             )
             return
-        other, base = self.names[q.reference], self.problem.quantities[q.reference].value
+        other, known = self.names[q.reference], self.ledger(q.reference)
         relation = {
             "more": f"{q.number} more {thing} than {other}",
             "fewer": f"{q.number} fewer {thing} than {other}",
-            "times": f"{q.number} times as many {thing} as {other}",
+            "times": f"{FACTOR_WORDS.get(q.number)} as many {thing} as {other}",
             "half": f"half as many {thing} as {other}",
         }[q.kind]
         formula, check = self.working(i)
         self.add(
             self.phrase(
-                f"{name} has {relation}, so {name} has {formula} = {q.value} {thing}.",
-                f"{name} has {relation}, and {other} has {base}. That makes {formula} = {q.value}.",
-                f"For {name} we take {relation}: {formula} = {q.value} {thing}.",
-                f"{name} compares with {other}, who has {base} {thing}: {formula} = {q.value}.",
-                f"{name} has {formula} = {q.value} {thing}.",
+                f"{name} has {relation}, {known}. So {formula} = {q.value}, {result}.",
+                f"{name} has {relation}. With {known} that makes {formula} = {q.value}, so {result}.",
+                f"We know {known}, and {name} has {relation}. {formula} = {q.value}, {result}.",
+                f"{known}. {name} has {relation}, that is {formula} = {q.value}. {result}.",
             )
         )
-        if self.style.random() < 0.6:
+        if self.style.random() < 0.35:
             self.lines[-1] += self.phrase(f" Check: {check}.", f" ({check})")
 
     def recap(self, order: list[int]) -> None:
-        parts = [f"{self.names[i]} {self.problem.quantities[i].value}" for i in order]
-        self.add(self.phrase("So far: ", "We have ", "In short: ") + ", ".join(parts) + ".")
+        self.add(self.phrase("So far: ", "We have ", "In short: ") + ", ".join(map(self.ledger, order)) + ".")
 
     def combine(self) -> int:
         """Answers the question from the quantities."""
@@ -287,42 +291,43 @@ class Writer:
         values = [q.value for q in p.quantities]
         order = list(p.asked)
         if p.question == "difference":
-            a, b = (values[i] for i in order)
-            more, less = (self.names[i] for i in order)
+            (a, b), (more, less) = (values[i] for i in order), map(self.ledger, order)
             d = a - b
             self.add(
                 self.phrase(
-                    f"{more} has {a} and {less} has {b}, so the difference is {a} - {b} = {d}.",
-                    f"{less} has {b} and {more} has {a}, so the difference is {a} - {b} = {d}.",
-                    f"{more} has {a} {thing} and {less} has {b}, and {a} - {b} = {d}.",
+                    f"{more} and {less}, so the difference is {a} - {b} = {d}.",
+                    f"{less} and {more}, so the difference is {a} - {b} = {d}.",
+                    f"Compare {more} with {less}: {a} - {b} = {d}.",
                 )
             )
             return d
         self.style.shuffle(order)
-        if len(order) > 1 and self.style.random() < 0.7:
+        if len(order) > 1 and self.style.random() < 0.3:
             self.recap(order)
             self.style.shuffle(order)
         total = values[order[0]]
         for position, i in enumerate(order[1:]):
-            name, previous = self.names[i], self.names[order[position]]
+            new, previous = self.ledger(i), self.ledger(order[position])
             formula, total = self.commuted(total, "+", values[i]), total + values[i]
             if position == 0:
                 line = self.phrase(
-                    f"{previous} and {name} have {formula} = {total} {thing}.",
-                    f"Adding {previous} and {name}: {formula} = {total}.",
-                    f"{previous} and {name} together: {formula} = {total} {thing}.",
+                    f"{previous} and {new} make {formula} = {total} {thing}.",
+                    f"Adding {previous} and {new}, {formula} = {total}.",
+                    f"{previous} together with {new} gives {formula} = {total} {thing}.",
                 )
             else:
                 line = self.phrase(
-                    f"With {name} that makes {formula} = {total} {thing}.",
-                    f"Adding {name}: {formula} = {total}.",
-                    f"{name} brings it to {formula} = {total}.",
+                    f"With {new} that makes {formula} = {total} {thing}.",
+                    f"Adding {new}, {formula} = {total}.",
+                    f"{new} brings it to {formula} = {total}.",
                 )
             self.add(line)
         if p.question == "left":
             left = total - p.number
+            start = f"{self.ledger(order[0])}. " if len(order) == 1 else ""
             self.add(
-                self.phrase(
+                start
+                + self.phrase(
                     f"After giving away {p.number} {thing}, {total} - {p.number} = {left} are left.",
                     f"They give away {p.number}, so {total} - {p.number} = {left} {thing} are left.",
                     f"Without the {p.number} given away it is {total} - {p.number} = {left} {thing}.",
@@ -364,7 +369,7 @@ class Writer:
         ) + self.phrase("We want to know ", "The question is ", "We need ")
         opening += self.goal() + ". "
         # A careful solver sometimes works out what nobody asked for.
-        extra = {i for i in range(len(quantities)) if self.style.random() < 0.8}
+        extra = {i for i in range(len(quantities)) if self.style.random() < 0.5}
         open_steps = self.with_references(extra | set(self.problem.asked))
         done: set[int] = set()
         remarks = [
@@ -375,7 +380,11 @@ class Writer:
         while open_steps:
             if remarks and self.style.random() < 0.3:
                 self.add(remarks.pop(self.style.randrange(len(remarks))))
-            ready = [i for i in sorted(open_steps) if quantities[i].kind == "given" or quantities[i].reference in done]
+            ready = [
+                i
+                for i in self.order
+                if i in open_steps and (quantities[i].kind == "given" or quantities[i].reference in done)
+            ]
             i = self.style.choice(ready)
             open_steps.remove(i)
             done.add(i)

@@ -132,6 +132,7 @@ def train_model(name: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Na
         num_key_value_heads=SHAPES[name]["num_attention_heads"],
         max_position_embeddings=4096,
         tie_word_embeddings=True,
+        initializer_range=0.04,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The unfinished rows of a batch. Each commits another number of tokens per cycle; they stay aligned at their ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import (
+    EosTokenCriteria,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+)
+
+
+class Rows:
+    """What every row of a batch has committed.
+
+    Attributes:
+        active (`list[int]`): which rows of the batch aren't finished, `a` of them.
+        responses (`list[list[int]]`): every row's tokens behind its prompt, finished rows included.
+        input_ids (`torch.LongTensor` of shape `(a, n)`): the active rows with their newest tokens in the last column;
+            a row that is shorter than others has more filling at its front.
+        attention_mask (`torch.LongTensor` of shape `(a, n)`, *optional*): 0 at filling; `None` for a single row
+            without any.
+    """
+
+    def __init__(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None):
+        self.prompts = input_ids
+        self.active = list(range(len(input_ids)))
+        self.responses: list[list[int]] = [[] for _ in self.active]
+        self.input_ids = input_ids
+        if attention_mask is None and len(input_ids) > 1:
+            attention_mask = torch.ones_like(input_ids)
+        self.attention_mask = attention_mask
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each active row, filling left out: the position of its next token."""
+        if self.attention_mask is None:
+            return [self.input_ids.shape[1]]
+        return self.attention_mask.sum(dim=1).tolist()
+
+    def history(self, row: int) -> torch.Tensor:
+        """The prompt of a row of the batch, as it came, and its response: what `generate` shows to processors."""
+        response = torch.tensor(self.responses[row], dtype=torch.long, device=self.prompts.device)
+        return torch.cat([self.prompts[row], response])
+
+    def commit(self, new_tokens: Sequence[list[int]], finished: Sequence[bool]) -> None:
+        """Appends `new_tokens[j]`, at least one, to active row j, and drops the rows that are finished."""
+        longest = max(map(len, new_tokens))
+        tokens, masks = [], []
+        for j, new in enumerate(new_tokens):
+            self.responses[self.active[j]] += new
+            filling = (longest - len(new), 0)
+            row = torch.cat([self.input_ids[j], torch.tensor(new, device=self.input_ids.device)])
+            tokens.append(torch.nn.functional.pad(row, filling))
+            if self.attention_mask is not None:
+                mask = torch.nn.functional.pad(self.attention_mask[j], (0, len(new)), value=1)
+                masks.append(torch.nn.functional.pad(mask, filling))
+        unfinished = [j for j, done in enumerate(finished) if not done]
+        self.active = [self.active[j] for j in unfinished]
+        if unfinished:
+            self.input_ids = torch.stack([tokens[j] for j in unfinished])
+            self.attention_mask = torch.stack([masks[j] for j in unfinished]) if masks else None
+
+    def sequences(self, pad_token_id: int) -> torch.LongTensor:
+        """Prompts and responses of the whole batch, filled up at the end."""
+        longest = max(map(len, self.responses))
+        filled = [response + [pad_token_id] * (longest - len(response)) for response in self.responses]
+        return torch.cat([self.prompts, torch.tensor(filled, device=self.prompts.device)], dim=1)
+
+
+class RowProcessors:
+    """Logits processors for rows of different lengths: each row by itself, under its own number in the batch."""
+
+    def __init__(self, processors: LogitsProcessorList, batch_size: int):
+        self.processors = [
+            LogitsProcessorList(_numbered(processor, row) for processor in processors) for row in range(batch_size)
+        ]
+
+    def __call__(self, rows: Rows, candidate_ids: torch.LongTensor, logits: torch.Tensor) -> torch.Tensor:
+        """Logits of shape `(a, n, v)`, of which the last follow `rows` and all of `candidate_ids`, `(a, i)`."""
+        if not any(self.processors):
+            return logits
+        n = logits.shape[1]
+        processed = []
+        for j, row in enumerate(rows.active):
+            tokens = torch.cat([rows.history(row), candidate_ids[j]])[None]
+            for i in range(n):
+                seen = tokens[:, : tokens.shape[1] - n + 1 + i]
+                processed.append(self.processors[row](seen, logits[j, i][None].clone()))
+        return torch.cat(processed).view_as(logits)
+
+
+def _numbered(processor: LogitsProcessor, row: int) -> LogitsProcessor:
+    """The processor for a row on its own, which would otherwise count as row 0 of the batch."""
+    if isinstance(processor, PrefixConstrainedLogitsProcessor):
+        allowed = processor._prefix_allowed_tokens_fn
+        return PrefixConstrainedLogitsProcessor(lambda _, tokens: allowed(row, tokens), processor._num_beams)
+    if isinstance(processor, RepetitionPenaltyLogitsProcessor):
+        ignored = processor.prompt_ignore_length
+        if isinstance(ignored, torch.Tensor):
+            ignored = ignored[row : row + 1]
+        return RepetitionPenaltyLogitsProcessor(processor.penalty, ignored)
+    return processor
+
+
+class StopRule:
+    """Where a committed block ends a response: at its first prefix that a stopping criterion accepts.
+
+    Length and EOS are known for a whole block at once; any other criterion has to see every prefix.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList):
+        self.max_length = min(c.max_length for c in criteria if isinstance(c, MaxLengthCriteria))
+        eos_criteria = [c for c in criteria if isinstance(c, EosTokenCriteria)]
+        self.eos_token_ids = {token for c in eos_criteria for token in c.eos_token_id.flatten().tolist()}
+        self.others = StoppingCriteriaList(
+            c for c in criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))
+        )
+
+    def room(self, rows: Rows) -> list[int]:
+        """How many tokens each active row may still commit."""
+        prompt_length = rows.prompts.shape[1]
+        return [self.max_length - prompt_length - len(rows.responses[row]) for row in rows.active]
+
+    def __call__(self, rows: Rows, j: int, new_tokens: list[int]) -> tuple[int, bool]:
+        """How many of active row j's `new_tokens` stay, and whether the response is finished."""
+        room = self.room(rows)[j]
+        history = rows.history(rows.active[j]) if self.others else None
+        for i, token in enumerate(new_tokens, start=1):
+            if token in self.eos_token_ids or i >= room:
+                return i, True
+            if history is not None:
+                seen = torch.cat([history, history.new_tensor(new_tokens[:i])])[None]
+                if self.others(seen, None).all():
+                    return i, True
+        return len(new_tokens), False
