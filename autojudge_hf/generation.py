@@ -19,7 +19,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from .candidate_generator import JudgeCandidateGenerator
 from .configuration import checked_threshold, decoding_settings
 from .features import judge_inputs
-from .forward import cached_forward, hidden_size, max_positions, rewind
+from .forward import cached_forward, hidden_size, max_positions, rewind, shrink
 from .modeling import Judge
 from .rows import RowProcessors, Rows, StopRule
 from .verification import harmless, verify_greedy, verify_sampled
@@ -52,6 +52,15 @@ class JudgeDecoderOnlyOutput(GenerateDecoderOnlyOutput):
     num_candidates: torch.LongTensor | None = None
     num_matches: torch.LongTensor | None = None
     num_judge_accepted: torch.LongTensor | None = None
+
+    def summary(self) -> str:
+        """One line for a reader: what the whole batch's drafts came to."""
+        names = ("num_target_forwards", "num_candidates", "num_matches", "num_judge_accepted")
+        cycles, candidates, matched, judged = (int(getattr(self, name).sum()) for name in names)
+        return (
+            f"{(cycles + matched + judged) / max(1, cycles):.1f} tokens per cycle: {cycles} cycles, {candidates} "
+            f"candidates, {matched} matched, {judged} accepted by the judge, {candidates - matched - judged} rejected"
+        )
 
 
 @torch.no_grad()
@@ -123,10 +132,10 @@ def judge_decoding(
         sequence, assistant_logits, room = rows.input_ids, None, [0] * len(rows.active)
         if not prefill:
             # A cycle commits one token more than it has candidates, and the newest one needs no position yet.
-            limits = zip(stop.room(rows), rows.lengths)
-            room = [min(left - 1, max(0, max_length - length)) for left, length in limits]
+            room = [left - 1 for left in stop.room(rows)]
+            longest_draft = min(max(room), max(0, max_length - max(rows.lengths)))
             process = functools.partial(processors, rows)
-            sequence, assistant_logits = drafter.get_candidates(sequence, rows.attention_mask, max(room), process)
+            sequence, assistant_logits = drafter.get_candidates(sequence, rows.attention_mask, longest_draft, process)
         candidate_ids = sequence[:, rows.input_ids.shape[1] :]
         k = candidate_ids.shape[1]
         lengths = _draft_lengths(candidate_ids, room, stop.eos_token_ids)
@@ -172,11 +181,13 @@ def judge_decoding(
         # The newest token's keys and values aren't in the cache yet; those of rejected candidates are.
         rewind(cache, [k + 1 - len(block) for block in blocks])
         drafter.rewind([len(block) for block in blocks])
+        columns = rows.input_ids.shape[1] + max(map(len, blocks))
         rows.commit(blocks, finished)
-        if rows.active and any(finished):
-            unfinished = torch.tensor([j for j, done in enumerate(finished) if not done])
-            cache.batch_select_indices(unfinished)
-            drafter.cache.batch_select_indices(unfinished)
+        if rows.active and len(input_ids) > 1:
+            unfinished = [j for j, done in enumerate(finished) if not done]
+            unneeded = columns - rows.input_ids.shape[1]
+            shrink(cache, unfinished, cache.get_seq_length() - unneeded)
+            shrink(drafter.cache, unfinished, drafter.cache.get_seq_length() - unneeded)
         prefill = False
 
     if streamer is not None:

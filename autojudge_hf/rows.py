@@ -51,7 +51,11 @@ class Rows:
         return torch.cat([self.prompts[row], response])
 
     def commit(self, new_tokens: Sequence[list[int]], finished: Sequence[bool]) -> None:
-        """Appends `new_tokens[j]`, at least one, to active row j, and drops the rows that are finished."""
+        """Appends `new_tokens[j]`, at least one, to active row j, and drops the rows that are finished.
+
+        Columns in which no unfinished row has a token go too: what fills short rows up would add up over the cycles,
+        and some models have buffers of the length that their longest text may have.
+        """
         longest = max(map(len, new_tokens))
         tokens, masks = [], []
         for j, new in enumerate(new_tokens):
@@ -67,6 +71,10 @@ class Rows:
         if unfinished:
             self.input_ids = torch.stack([tokens[j] for j in unfinished])
             self.attention_mask = torch.stack([masks[j] for j in unfinished]) if masks else None
+        if len(self.prompts) > 1:
+            columns = max(self.lengths, default=0)
+            self.input_ids = self.input_ids[:, -columns:]
+            self.attention_mask = self.attention_mask[:, -columns:]
 
     def sequences(self, pad_token_id: int) -> torch.LongTensor:
         """Prompts and responses of the whole batch, filled up at the end."""

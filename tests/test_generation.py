@@ -410,6 +410,8 @@ def test_counts_add_up(random_pair, linear_judge):
     committed = 1 + output.num_target_forwards + output.num_matches + output.num_judge_accepted
     assert committed == output.sequences.shape[1] - PROMPT.shape[1]
     assert output.num_candidates <= 5 * output.num_target_forwards
+    cycles = output.num_target_forwards.item()
+    assert output.summary().startswith(f"{(committed - 1).item() / cycles:.1f} tokens per cycle: {cycles} cycles")
 
 
 def test_draft_length_keyword_and_default(random_pair, top_k):

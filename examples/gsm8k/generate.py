@@ -66,14 +66,9 @@ def main() -> None:
             max_new_tokens=args.max_new_tokens,
             return_dict_in_generate=True,
         )
-        cycles, matches = output.num_target_forwards.item(), output.num_matches.item()
-        judged = output.num_judge_accepted.item()
         print(example["question"])
         print(highlight_accepted(model, tokenizer, output.sequences[0], inputs["input_ids"].shape[1]))
-        print(
-            f"[{(matches + judged + cycles) / max(1, cycles):.1f} tokens per cycle: {cycles} cycles, {matches} "
-            f"matched, {judged} mismatches accepted (coloured)]\n"
-        )
+        print(f"[{output.summary()}]\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from make_problems import problems
+from make_problems import NAMES, THINGS, problems
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from tqdm import tqdm
@@ -67,6 +67,29 @@ def response(answer: str) -> str:
     return answer.replace("#### ", "The final answer is ")
 
 
+def drill(rng: random.Random) -> tuple[str, str]:
+    """Who has what, asked over and over, and sums: what a solution needs now and then, as densely as possible."""
+    names = rng.sample(NAMES, rng.randint(3, 7))
+    numbers = {name: rng.randint(2, 40) for name in names}
+    thing = rng.choice(THINGS)
+    facts = [f"{name} has {n} {thing}." for name, n in numbers.items()]
+    lines = []
+    for _ in range(24):
+        name, kind = rng.choice(names), rng.random()
+        a, b = rng.randint(2, 40), rng.randint(2, 20)
+        if kind < 0.5:
+            lines.append(f"{name}: {numbers[name]}.")
+        elif kind < 0.7:
+            lines.append(f"{name} has {numbers[name]} {thing}.")
+        else:
+            a, b = max(a, b), min(a, b)
+            formulas = [f"{a} + {b} = {a + b}.", f"{b} + {a} = {a + b}."]
+            formulas += [f"{a} - {b} = {a - b}."] if a > b else []
+            formulas += [f"{b} * {a} = {b * a}.", f"{a * b} / {b} = {a}."] if a * b <= 60 else []
+            lines.append(rng.choice(formulas))
+    return " ".join(facts), " ".join(lines)
+
+
 def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE: every word of the word problems is one token, any other text (Python too) a few."""
     stream = problems("lm", seed)
@@ -106,14 +129,23 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 def batches(
     tokenizer: PreTrainedTokenizerBase, seed: int, batch_size: int, plain: bool
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Endless `(input_ids, labels)` of similar lengths, labels shifted, -100 outside the responses."""
+    """Endless `(input_ids, labels)` of similar lengths, labels shifted, -100 outside the responses.
+
+    Half of the plain rows are drills.
+    """
     stream, task, rng = problems("lm", seed, plain), GSM8K(), random.Random(seed)
     while True:
         rows = []
         for _ in range(32 * batch_size):
-            example = next(stream)
-            prompt = tokenizer.encode(task.prompt(example, tokenizer), add_special_tokens=False)
-            reply = tokenizer.encode(response(example["answer"]) + END, add_special_tokens=False)
+            if plain and rng.random() < 0.5:
+                question, answer = drill(rng)
+                messages = [{"role": "user", "content": question}]
+                prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            else:
+                example = next(stream)
+                prompt, answer = task.prompt(example, tokenizer), response(example["answer"])
+            prompt = tokenizer.encode(prompt, add_special_tokens=False)
+            reply = tokenizer.encode(answer + END, add_special_tokens=False)
             rows.append((prompt + reply, [IGNORE] * len(prompt) + reply))
         rows.sort(key=lambda row: len(row[0]))
         groups = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lossless on every kind of causal model: caches that slide, soft-capped logits, learned positions, ALiBi, experts."""
+
+import pytest
+import torch
+from conftest import similar_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from autojudge_hf import AutoJudge, JudgeConfig
+
+
+SIZES = {
+    "vocab_size": 32,
+    "use_cache": True,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+SLIDING = {"sliding_window": 8}
+MIXED = {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+FAMILIES = {
+    "llama": {},
+    "mistral": SLIDING,
+    "qwen2": {**SLIDING, "use_sliding_window": True, "max_window_layers": 1},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": MIXED,
+    "gemma3_text": MIXED,
+    "phi": {"num_key_value_heads": 2, "partial_rotary_factor": 0.5},
+    "phi3": SLIDING,
+    "gpt2": {},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "gpt_neox": {},
+    "gptj": {"rotary_dim": 8},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "bloom": {},
+    "falcon": {"new_decoder_architecture": False, "multi_query": True, "alibi": True},
+    "mpt": {"d_model": 32, "n_heads": 2, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 64},
+    "starcoder2": SLIDING,
+    "granite": {},
+    "cohere": {},
+    "olmo2": {},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "stablelm": {"num_key_value_heads": 2},
+    "mixtral": EXPERTS,
+    "qwen3_moe": EXPERTS,
+}
+PROMPTS = [[3, 14, 15, 9, 2, 6, 5], [8, 9], [27, 1, 8, 2]]
+NEW_TOKENS = 40
+
+
+def left_padded(prompts):
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def random_model(family, seed):
+    """Weights scaled up, embeddings untied: text that varies, so that a wrong cache shows."""
+    torch.manual_seed(seed)
+    sizes = {name: size for name, size in SIZES.items() if not (family == "falcon" and name == "head_dim")}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**sizes, **FAMILIES[family]})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(8)
+    return model
+
+
+def worth_testing(family):
+    """The first seed whose text has three tokens or more, and an assistant that agrees neither never nor always."""
+    for seed in range(20):
+        model = random_model(family, seed)
+        ids = torch.tensor([PROMPTS[0]])
+        text = model.generate(ids, do_sample=False, max_new_tokens=NEW_TOKENS)
+        if len(set(text[0, 7:].tolist())) < 3:
+            continue
+        for noise in (0.03, 0.1, 0.01):
+            assistant = similar_model(model, noise=noise)
+            own = model(text).logits[0, 6:-1].argmax(-1)
+            agreed = (assistant(text).logits[0, 6:-1].argmax(-1) == own).float().mean()
+            if 0.2 < agreed < 0.9:
+                return model, assistant
+    raise AssertionError(f"no random {family} is worth testing")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lossless(family):
+    model, assistant = worth_testing(family)
+    top_k = AutoJudge.from_config(JudgeConfig(judge_type="top_k"))
+    greedy = {"do_sample": False, "max_new_tokens": NEW_TOKENS}
+    one, batch = {"input_ids": torch.tensor([PROMPTS[0]])}, left_padded(PROMPTS)
+    for inputs in (one, batch):
+        expected = model.generate(**inputs, **greedy)
+        for num_assistant_tokens in (1, 5, 16):
+            output = model.generate(
+                **inputs,
+                **greedy,
+                assistant_model=assistant,
+                judge=top_k,
+                judge_threshold=0.0,
+                num_assistant_tokens=num_assistant_tokens,
+                return_dict_in_generate=True,
+            )
+            assert torch.equal(output.sequences, expected)
+            assert 0 < output.num_matches.sum() < output.num_candidates.sum()
