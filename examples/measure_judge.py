@@ -39,7 +39,7 @@ def show(row: dict, lossless: dict) -> None:
         f"{name:18}  accuracy {row['accuracy']:.1%}"
         f"  drop {100 * drop:+.2f} points [{100 * interval[0]:+.2f}, {100 * interval[1]:+.2f}]"
         f"  tokens/cycle {row['tokens_per_cycle']:.2f} (x{gain:.2f})"
-        f"  tokens/s {row['tokens_per_second']:.0f}  mean length {row['mean_response_length']:.0f}"
+        f"  mean length {row['mean_response_length']:.0f}"
     )
 
 
@@ -47,9 +47,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--output_dir", default="runs/measure_judge")
     parser.add_argument("--seed", type=int, default=1, help="seed of all problems")
-    parser.add_argument("--num_mined", type=int, default=400)
+    parser.add_argument("--num_mined", type=int, default=300)
     parser.add_argument("--num_validation", type=int, default=300)
     parser.add_argument("--num_test", type=int, default=1000)
+    parser.add_argument("--batch_size", type=int, default=16, help="problems decoded at once; each row as if alone")
     parser.add_argument("--max_drop", type=float, default=0.005, help="accuracy the threshold may cost on validation")
     args = parser.parse_args()
     torch.set_num_threads(2)
@@ -81,7 +82,7 @@ def main() -> None:
 
     important = torch.from_numpy(prediction.predictions[prediction.label_ids == 1])
     thresholds = sorted({important.quantile(1 - recall).item() for recall in RECALLS})
-    options = {"num_assistant_tokens": 16, "max_new_tokens": MAX_NEW_TOKENS}
+    options = {"num_assistant_tokens": 16, "max_new_tokens": MAX_NEW_TOKENS, "batch_size": args.batch_size}
     task, judge = GSM8K(), trainer.judge
     lossless, *rows = evaluate_judge(
         *pair, tokenizer, take("validation", args.num_validation), task, judge, thresholds=thresholds, **options

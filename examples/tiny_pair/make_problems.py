@@ -3,13 +3,13 @@
 
     python examples/tiny_pair/make_problems.py --task gsm8k --split test --seed 1 --n 500 --out problems.jsonl
 
-A problem is a small world: three or four people, each of whom has a number of things, given outright or relative
-to somebody else, and one question. Its solution says the same in one of very many ways: any valid order of the
-steps, commuted terms, optional step numbers, optional checks, optional remarks on numbers that don't matter, a
-dozen wordings. So most differences between two solutions are harmless, digits included, and a few decide.
+A problem is a story: somebody has a number of things, four to six events change it, and there is one question. Its
+solution says the same in one of very many ways: events one by one or two of them joined first, commuted terms,
+optional step numbers, optional checks, optional remarks on numbers that don't matter, a dozen wordings. So most
+differences between two solutions are harmless, digits included, and a few decide.
 
-The four splits never share a problem, whatever the seeds: the split is a hash of the problem's arithmetic (who
-has what relative to whom, and the question; names, things, order and wording left out).
+The four splits never share a problem, whatever the seeds: the split is a hash of the problem's arithmetic (start,
+events, question; names, things and wording left out).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 
 NAMES = "Anna Ben Clara David Emma Frank Grace Henry Ivy Jack".split()
@@ -33,90 +33,63 @@ DISTRACTIONS = (
     ("It is {n} degrees outside.", "{n} degrees"),
     ("The bus has {n} seats.", "{n} seats"),
 )
-FACTOR_WORDS = {2: "twice", 3: "three times", 4: "four times"}
 
 # Shares of the hash space, in percent. Language-model training takes most of it.
 SPLITS = {"lm": range(76), "train": range(76, 84), "validation": range(84, 92), "test": range(92, 100)}
-LARGEST_VALUE = 30
-LARGEST_TOTAL = 60
+LARGEST_VALUE = 60
 
 
 @dataclass
-class Quantity:
-    """What one person has: `kind` is given, more, fewer, times or half; `reference` indexes an earlier quantity."""
+class Event:
+    """`kind` is more, fewer, times or half; `number` what it changes by; `value` what there is afterwards."""
 
     kind: str
     number: int
-    reference: int
     value: int
 
 
 @dataclass
 class Problem:
-    """The arithmetic of a problem. `asked` indexes the quantities the question is about."""
+    """The arithmetic of a problem: `question` is now, change or shared (among `number`)."""
 
-    quantities: list[Quantity]
+    start: int
+    events: list[Event]
     question: str
-    asked: tuple[int, ...]
     number: int
 
-    def expression(self, i: int) -> str:
-        """Quantity i as a nested formula, free of names and order."""
-        q = self.quantities[i]
-        return f"{q.kind}{q.number}" + ("" if q.kind == "given" else f"({self.expression(q.reference)})")
-
     def split(self) -> str:
-        everything = sorted(self.expression(i) for i in range(len(self.quantities)))
-        asked = [self.expression(i) for i in self.asked]
-        if self.question != "difference":
-            asked.sort()
-        canonical = json.dumps([self.question, self.number, asked, everything])
+        canonical = json.dumps([self.start, [astuple(event) for event in self.events], self.question, self.number])
         bucket = int(hashlib.sha256(canonical.encode()).hexdigest(), 16) % 100
         return next(name for name, buckets in SPLITS.items() if bucket in buckets)
 
 
-def draw_quantity(rng: random.Random, quantities: list[Quantity]) -> Quantity:
-    kind = rng.choice(("given", "more", "more", "fewer", "fewer", "times", "half")) if quantities else "given"
-    reference = rng.randrange(len(quantities)) if quantities else 0
-    base = quantities[reference].value if quantities else 0
-    if kind == "more":
-        k = rng.randint(2, 15)
-        return Quantity(kind, k, reference, base + k)
-    if kind == "fewer" and base > 4:
-        k = rng.randint(2, min(15, base - 2))
-        return Quantity(kind, k, reference, base - k)
-    if kind == "times" and base <= 12:
-        k = rng.randint(2, 4)
-        return Quantity(kind, k, reference, base * k)
-    if kind == "half" and base % 2 == 0 and base > 2:
-        return Quantity(kind, 2, reference, base // 2)
-    value = rng.randint(3, 20)
-    return Quantity("given", value, 0, value)
+def draw_event(rng: random.Random, value: int) -> Event:
+    kind = rng.choice(("more", "more", "fewer", "fewer", "times", "half"))
+    if kind == "times" and 3 <= value <= LARGEST_VALUE // 2:
+        k = rng.choice((2, 2, 3)) if value <= LARGEST_VALUE // 3 else 2
+        return Event(kind, k, value * k)
+    if kind == "half" and value % 2 == 0 and value >= 8:
+        return Event(kind, 2, value // 2)
+    if (kind == "fewer" and value >= 6) or value > LARGEST_VALUE - 15:
+        k = rng.randint(2, min(15, value - 3))
+        return Event("fewer", k, value - k)
+    k = rng.randint(2, 15)
+    return Event("more", k, value + k)
 
 
 def draw_problem(rng: random.Random) -> Problem:
-    """Draws worlds until the numbers stay small enough for a small model."""
-    while True:
-        quantities: list[Quantity] = []
-        for _ in range(rng.choice((3, 4, 4, 4))):
-            quantities.append(draw_quantity(rng, quantities))
-        values = [q.value for q in quantities]
-        if max(values) > LARGEST_VALUE or len(set(values)) < len(values):
-            continue
-        if all(q.kind == "given" for q in quantities):
-            continue
-        question = rng.choice(("total", "total", "pair", "difference", "left"))
-        count = {"total": min(len(values), 4), "pair": 2, "difference": 2, "left": rng.choice((1, 2, 3))}[question]
-        asked = rng.sample(range(len(values)), count)
-        total = sum(values[i] for i in asked)
-        if not 3 <= total <= LARGEST_TOTAL:
-            continue
-        number = 0
-        if question == "difference":
-            asked.sort(key=lambda i: -values[i])
-        if question == "left":
-            number = rng.randint(2, min(15, total - 1))
-        return Problem(quantities, question, tuple(asked), number)
+    start = value = rng.randint(3, 20)
+    events: list[Event] = []
+    for _ in range(rng.randint(4, 6)):
+        events.append(draw_event(rng, value))
+        value = events[-1].value
+    question = rng.choice(("now", "now", "now", "change", "shared"))
+    if question == "change" and value != start:
+        return Problem(start, events, question, 0)
+    divisors = [n for n in (2, 3, 4) if value % n == 0 and value > n]
+    if question == "shared" and divisors:
+        return Problem(start, events, question, rng.choice(divisors))
+    return Problem(start, events, "now", 0)
 
 
 class FirstChoices(random.Random):
@@ -131,9 +104,6 @@ class FirstChoices(random.Random):
     def randrange(self, *args) -> int:
         return 0
 
-    def shuffle(self, x) -> None:
-        pass
-
 
 class Writer:
     """Puts one problem into words. The question's choices are drawn from `rng`, the answer's from `style`."""
@@ -142,66 +112,59 @@ class Writer:
         self.problem = problem
         self.rng = rng
         self.style = style
-        self.names = rng.sample(NAMES, len(problem.quantities))
+        self.name, *self.others = rng.sample(NAMES, 4)
         self.thing = rng.choice(THINGS)
-        self.order = list(range(len(problem.quantities)))  # of the facts in the question
         asides = rng.sample(DISTRACTIONS, rng.choice((0, 1, 1, 2)))
         self.asides = [(text, short, rng.randint(3, 40), rng.choice(NAMES)) for text, short in asides]
         self.label_style = style.choice(("none", "number", "step", "word", "word"))
         self.lines: list[str] = []
 
+    # The question
+
     def pick(self, *choices: str) -> str:
         return self.rng.choice(choices)
 
-    # The question
-
-    def fact(self, i: int) -> str:
-        q, name, thing = self.problem.quantities[i], self.names[i], self.thing
-        other = self.names[q.reference]
-        if q.kind == "given":
-            return f"{name} has {q.number} {thing}."
-        if q.kind in ("more", "fewer"):
+    def event(self, event: Event) -> str:
+        name, thing, k = self.name, self.thing, event.number
+        other = self.rng.choice(self.others)
+        if event.kind == "more":
             return self.pick(
-                f"{name} has {q.number} {q.kind} {thing} than {other}.",
-                f"{name} has {q.number} {thing} {q.kind} than {other}.",
+                f"{name} buys {k} more {thing}.",
+                f"{name} finds {k} {thing}.",
+                f"{other} gives {name} {k} {thing}.",
+                f"Then {name} wins {k} {thing}.",
             )
-        if q.kind == "times":
-            return f"{name} has {FACTOR_WORDS[q.number]} as many {thing} as {other}."
-        return f"{name} has half as many {thing} as {other}."
-
-    def listing(self, indices: tuple[int, ...]) -> str:
-        names = [self.names[i] for i in indices]
-        return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+        if event.kind == "fewer":
+            return self.pick(
+                f"{name} loses {k} {thing}.",
+                f"{name} gives {k} {thing} to {other}.",
+                f"{other} borrows {k} {thing}.",
+                f"Then {name} sells {k} {thing}.",
+            )
+        if event.kind == "times":
+            word = {2: "twice", 3: "three times"}[k]
+            return self.pick(
+                f"By trading {name} comes to {word} as many {thing}.",
+                f"After a sale {name} has {word} as many {thing}.",
+            )
+        return self.pick(f"{name} gives away half of the {thing}.", f"Half of the {thing} get lost.")
 
     def question(self) -> str:
-        p = self.problem
-        if self.rng.random() < 0.2:
-            self.rng.shuffle(self.order)
-        sentences = [self.fact(i) for i in self.order]
-        for text, _, n, name in self.asides:
-            sentences.insert(self.rng.randint(0, len(sentences)), text.format(n=n, name=name))
-        who = self.listing(p.asked)
-        if p.question in ("total", "pair"):
-            sentences.append(
-                self.pick(
-                    f"How many {self.thing} do {who} have in total?",
-                    f"How many {self.thing} do {who} have together?",
-                )
-            )
-        elif p.question == "difference":
-            more, less = (self.names[i] for i in p.asked)
-            sentences.append(
-                self.pick(
-                    f"How many more {self.thing} does {more} have than {less}?",
-                    f"How many fewer {self.thing} does {less} have than {more}?",
-                )
-            )
+        p, name, thing = self.problem, self.name, self.thing
+        sentences = [self.pick(f"{name} has {p.start} {thing}.", f"At first {name} has {p.start} {thing}.")]
+        sentences += [self.event(event) for event in p.events]
+        for text, _, n, who in self.asides:
+            sentences.insert(self.rng.randint(0, len(sentences)), text.format(n=n, name=who))
+        value = p.events[-1].value
+        if p.question == "now":
+            ask = self.pick(f"How many {thing} does {name} have now?", f"How many {thing} are there in the end?")
+        elif p.question == "change":
+            which = "more" if value > p.start else "fewer"
+            ask = f"How many {which} {thing} does {name} have now than at first?"
         else:
-            does = "does" if len(p.asked) == 1 else "do"
-            verb = "gives" if len(p.asked) == 1 else "give"
-            sentences.append(f"Then {who} {verb} away {p.number} {self.thing}.")
-            sentences.append(f"How many {self.thing} {does} {who} have left?")
-        return " ".join(sentences)
+            sentences.append(f"{name} shares them equally among {p.number} children.")
+            ask = self.pick(f"How many {thing} does each child get?", f"How many {thing} are there for each child?")
+        return " ".join([*sentences, ask])
 
     # The solution
 
@@ -220,177 +183,121 @@ class Writer:
 
     def add(self, line: str) -> None:
         label = self.label()
-        if label.endswith(", ") and line.startswith(
-            ("We ", "Never ", "The ", "After ", "Adding ", "With ", "So ", "In ", "Compare ", "Without ", "They ")
-        ):
+        if label.endswith(", ") and line.startswith(("We ", "Never ", "With ", "That ", "There ", "Half ", "Two ")):
             line = line[0].lower() + line[1:]
         self.lines.append(label + line)
 
     def commuted(self, a: int, sign: str, b: int) -> str:
         return self.phrase(f"{a} {sign} {b}", f"{b} {sign} {a}")
 
-    def working(self, i: int) -> tuple[str, str]:
-        """The formula for quantity i, and one that checks it."""
-        q = self.problem.quantities[i]
-        base = self.problem.quantities[q.reference].value
-        if q.kind == "more":
-            return self.commuted(base, "+", q.number), self.phrase(
-                f"{q.value} - {q.number} = {base}", f"{q.value} - {base} = {q.number}"
+    def step(self, before: int, event: Event) -> None:
+        """One event by itself."""
+        name, thing, k, value = self.name, self.thing, event.number, event.value
+        if event.kind == "more":
+            formula = self.commuted(before, "+", k)
+            line = self.phrase(
+                f"{name} gets {k} more, {formula} = {value} {thing}.",
+                f"With {k} more {thing} that makes {formula} = {value}.",
+                f"There are {k} more, so {formula} = {value}.",
             )
-        if q.kind == "fewer":
-            return f"{base} - {q.number}", self.commuted(q.value, "+", q.number) + f" = {base}"
-        if q.kind == "times":
-            formula = self.commuted(base, "*", q.number)
-            if q.number < 4 and self.style.random() < 0.4:
-                formula = " + ".join([str(base)] * q.number)
-            return formula, f"{q.value} / {q.number} = {base}"
-        return f"{base} / 2", self.phrase(f"{q.value} + {q.value}", f"2 * {q.value}") + f" = {base}"
-
-    def ledger(self, i: int) -> str:
-        """Who has what: a name and its number side by side, which is what a small model can look up."""
-        return f"{self.names[i]}: {self.problem.quantities[i].value}"
-
-    def step(self, i: int) -> None:
-        q, name, thing = self.problem.quantities[i], self.names[i], self.thing
-        result = self.ledger(i)
-        if q.kind == "given":
-            self.add(
-                self.phrase(
-                    f"{name} has {q.value} {thing}, {result}.",
-                    f"{name} has {q.value} {thing}. {result}.",
-                    f"{name} has {q.value} {thing} to start with. {result}.",
-                    f"The problem says that {name} has {q.value} {thing}, so {result}.",
-                )
+            check = self.phrase(f"{value} - {k} = {before}", f"{value} - {before} = {k}")
+        elif event.kind == "fewer":
+            formula = f"{before} - {k}"
+            line = self.phrase(
+                f"{name} has {k} fewer, {formula} = {value} {thing}.",
+                f"Without {k} {thing} that makes {formula} = {value}.",
+                f"There are {k} fewer, so {formula} = {value}.",
             )
-            return
-        other, known = self.names[q.reference], self.ledger(q.reference)
-        relation = {
-            "more": f"{q.number} more {thing} than {other}",
-            "fewer": f"{q.number} fewer {thing} than {other}",
-            "times": f"{FACTOR_WORDS.get(q.number)} as many {thing} as {other}",
-            "half": f"half as many {thing} as {other}",
-        }[q.kind]
-        formula, check = self.working(i)
-        self.add(
-            self.phrase(
-                f"{name} has {relation}, {known}. So {formula} = {q.value}, {result}.",
-                f"{name} has {relation}. With {known} that makes {formula} = {q.value}, so {result}.",
-                f"We know {known}, and {name} has {relation}. {formula} = {q.value}, {result}.",
-                f"{known}. {name} has {relation}, that is {formula} = {q.value}. {result}.",
+            check = self.commuted(value, "+", k) + f" = {before}"
+        elif event.kind == "times":
+            formula = self.commuted(before, "*", k)
+            if self.style.random() < 0.4:
+                formula = " + ".join([str(before)] * k)
+            line = self.phrase(
+                f"{name} has {k} times as many, {formula} = {value} {thing}.",
+                f"That is {k} times as many {thing}: {formula} = {value}.",
             )
-        )
+            check = f"{value} / {k} = {before}"
+        else:
+            line = self.phrase(
+                f"{name} keeps half, {before} / 2 = {value} {thing}.",
+                f"Half of the {thing} are left: {before} / 2 = {value}.",
+            )
+            check = self.phrase(f"{value} + {value}", f"2 * {value}") + f" = {before}"
+        self.add(line)
         if self.style.random() < 0.35:
             self.lines[-1] += self.phrase(f" Check: {check}.", f" ({check})")
 
-    def recap(self, order: list[int]) -> None:
-        self.add(self.phrase("So far: ", "We have ", "In short: ") + ", ".join(map(self.ledger, order)) + ".")
-
-    def combine(self) -> int:
-        """Answers the question from the quantities."""
-        p, thing = self.problem, self.thing
-        values = [q.value for q in p.quantities]
-        order = list(p.asked)
-        if p.question == "difference":
-            (a, b), (more, less) = (values[i] for i in order), map(self.ledger, order)
-            d = a - b
-            self.add(
-                self.phrase(
-                    f"{more} and {less}, so the difference is {a} - {b} = {d}.",
-                    f"{less} and {more}, so the difference is {a} - {b} = {d}.",
-                    f"Compare {more} with {less}: {a} - {b} = {d}.",
-                )
+    def joined(self, before: int, first: Event, second: Event) -> None:
+        """Two events that both add, or both take away, as one."""
+        k, value = first.number + second.number, second.value
+        total = self.commuted(first.number, "+", second.number)
+        if first.kind == "more":
+            formula, direction = self.commuted(before, "+", k), "more"
+        else:
+            formula, direction = f"{before} - {k}", "fewer"
+        self.add(
+            self.phrase(
+                f"Two changes at once, {total} = {k} {direction}: {formula} = {value} {self.thing}.",
+                f"That is {total} = {k} {direction} in all, so {formula} = {value}.",
             )
-            return d
-        self.style.shuffle(order)
-        if len(order) > 1 and self.style.random() < 0.3:
-            self.recap(order)
-            self.style.shuffle(order)
-        total = values[order[0]]
-        for position, i in enumerate(order[1:]):
-            new, previous = self.ledger(i), self.ledger(order[position])
-            formula, total = self.commuted(total, "+", values[i]), total + values[i]
-            if position == 0:
-                line = self.phrase(
-                    f"{previous} and {new} make {formula} = {total} {thing}.",
-                    f"Adding {previous} and {new}, {formula} = {total}.",
-                    f"{previous} together with {new} gives {formula} = {total} {thing}.",
-                )
-            else:
-                line = self.phrase(
-                    f"With {new} that makes {formula} = {total} {thing}.",
-                    f"Adding {new}, {formula} = {total}.",
-                    f"{new} brings it to {formula} = {total}.",
-                )
-            self.add(line)
-        if p.question == "left":
-            left = total - p.number
-            start = f"{self.ledger(order[0])}. " if len(order) == 1 else ""
-            self.add(
-                start
-                + self.phrase(
-                    f"After giving away {p.number} {thing}, {total} - {p.number} = {left} are left.",
-                    f"They give away {p.number}, so {total} - {p.number} = {left} {thing} are left.",
-                    f"Without the {p.number} given away it is {total} - {p.number} = {left} {thing}.",
-                )
-            )
-            return left
-        return total
+        )
 
     def goal(self) -> str:
-        """What is asked, in other words: the same place for the words that decide as for those that don't."""
-        p, who = self.problem, self.listing(self.problem.asked)
-        if p.question == "difference":
-            more, less = (self.names[i] for i in p.asked)
-            return self.phrase(
-                f"how many more {self.thing} {more} has than {less}",
-                f"how many fewer {self.thing} {less} has than {more}",
-                f"the difference between {more} and {less}",
-            )
-        if p.question == "left":
-            return self.phrase(f"how many {self.thing} remain for {who}", f"what {who} kept of the {self.thing}")
-        return self.phrase(f"how many {self.thing} {who} have together", f"the total number of {self.thing} for {who}")
-
-    def with_references(self, indices: set[int]) -> set[int]:
-        """`indices` and every quantity that they are given relative to."""
-        found: set[int] = set()
-        stack = list(indices)
-        while stack:
-            i = stack.pop()
-            if i not in found:
-                found.add(i)
-                if self.problem.quantities[i].kind != "given":
-                    stack.append(self.problem.quantities[i].reference)
-        return found
+        p, name, thing = self.problem, self.name, self.thing
+        if p.question == "now":
+            return self.phrase(f"how many {thing} {name} has in the end", f"the number of {thing} now")
+        if p.question == "change":
+            return self.phrase(f"how much the number of {thing} changed", f"now and at first for {name}, compared")
+        return self.phrase(f"how many {thing} each child gets", f"one share of the {thing}")
 
     def answer(self) -> str:
-        quantities = self.problem.quantities
+        p, thing = self.problem, self.thing
         opening = self.phrase(
             "", "Let us go step by step. ", "We work it out. ", "Here is how to solve it. ", "Let us see. "
         ) + self.phrase("We want to know ", "The question is ", "We need ")
         opening += self.goal() + ". "
-        # A careful solver sometimes works out what nobody asked for.
-        extra = {i for i in range(len(quantities)) if self.style.random() < 0.5}
-        open_steps = self.with_references(extra | set(self.problem.asked))
-        done: set[int] = set()
+        self.add(self.phrase(f"{self.name} has {p.start} {thing} at first.", f"There are {p.start} {thing} at first."))
         remarks = [
             self.phrase("Never mind", "We can ignore") + f" the {short.format(n=n)}."
             for _, short, n, _ in self.asides
             if self.style.random() < 0.6
         ]
-        while open_steps:
+        value, i = p.start, 0
+        while i < len(p.events):
             if remarks and self.style.random() < 0.3:
                 self.add(remarks.pop(self.style.randrange(len(remarks))))
-            ready = [
-                i
-                for i in self.order
-                if i in open_steps and (quantities[i].kind == "given" or quantities[i].reference in done)
-            ]
-            i = self.style.choice(ready)
-            open_steps.remove(i)
-            done.add(i)
-            self.step(i)
-        result = self.combine()
-        unit = "" if self.style.random() < 0.3 else f" {self.thing}"
+            pair = p.events[i : i + 2]
+            kinds = {event.kind for event in pair}
+            joinable = len(pair) == 2 and len(kinds) == 1 and kinds <= {"more", "fewer"}
+            if joinable and self.style.random() < 0.5:
+                self.joined(value, *pair)
+            else:
+                pair = pair[:1]
+                self.step(value, *pair)
+            i += len(pair)
+            value = pair[-1].value
+            if i < len(p.events) and self.style.random() < 0.2:
+                self.lines[-1] += self.phrase(f" So far {value}.", f" Now we are at {value}.")
+        result = value
+        if p.question == "change":
+            high, low = max(value, p.start), min(value, p.start)
+            result = high - low
+            self.add(
+                self.phrase(
+                    f"It was {p.start} and is {value}, and {high} - {low} = {result}.",
+                    f"Compared with {p.start} at first, {high} - {low} = {result}.",
+                )
+            )
+        elif p.question == "shared":
+            result = value // p.number
+            self.add(
+                self.phrase(
+                    f"Among {p.number} children, {value} / {p.number} = {result} each.",
+                    f"Each of {p.number} gets {value} / {p.number} = {result}.",
+                )
+            )
+        unit = "" if self.style.random() < 0.3 else f" {thing}"
         closing = self.phrase("So the answer is ", "This gives ", "In the end we get ") + f"{result}{unit}."
         return opening + " ".join([*self.lines, closing]) + f"\n#### {result}"
 

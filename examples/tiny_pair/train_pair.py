@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from make_problems import NAMES, THINGS, problems
+from make_problems import problems
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from tqdm import tqdm
@@ -67,27 +67,26 @@ def response(answer: str) -> str:
     return answer.replace("#### ", "The final answer is ")
 
 
-def drill(rng: random.Random) -> tuple[str, str]:
-    """Who has what, asked over and over, and sums: what a solution needs now and then, as densely as possible."""
-    names = rng.sample(NAMES, rng.randint(3, 7))
-    numbers = {name: rng.randint(2, 40) for name in names}
-    thing = rng.choice(THINGS)
-    facts = [f"{name} has {n} {thing}." for name, n in numbers.items()]
+def sums(rng: random.Random) -> str:
+    """Nothing but sums, as dense as can be: two dozen where a solution has half a dozen."""
     lines = []
     for _ in range(24):
-        name, kind = rng.choice(names), rng.random()
-        a, b = rng.randint(2, 40), rng.randint(2, 20)
-        if kind < 0.5:
-            lines.append(f"{name}: {numbers[name]}.")
-        elif kind < 0.7:
-            lines.append(f"{name} has {numbers[name]} {thing}.")
-        else:
-            a, b = max(a, b), min(a, b)
-            formulas = [f"{a} + {b} = {a + b}.", f"{b} + {a} = {a + b}."]
-            formulas += [f"{a} - {b} = {a - b}."] if a > b else []
-            formulas += [f"{b} * {a} = {b * a}.", f"{a * b} / {b} = {a}."] if a * b <= 60 else []
-            lines.append(rng.choice(formulas))
-    return " ".join(facts), " ".join(lines)
+        a, b, k = rng.randint(3, 45), rng.randint(2, 15), rng.choice((2, 2, 3, 4))
+        lines.append(
+            rng.choice(
+                (
+                    f"{a} + {b} = {a + b}.",
+                    f"{b} + {a} = {a + b}.",
+                    f"{a + b} - {b} = {a}.",
+                    f"{a + b} - {a} = {b}.",
+                    f"{b} * {k} = {b * k}.",
+                    f"{k} * {b} = {b * k}.",
+                    f"{b * k} / {k} = {b}.",
+                    f"{2 * (a % 31)} / 2 = {a % 31}.",
+                )
+            )
+        )
+    return " ".join(lines)
 
 
 def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
@@ -131,15 +130,14 @@ def batches(
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """Endless `(input_ids, labels)` of similar lengths, labels shifted, -100 outside the responses.
 
-    Half of the plain rows are drills.
+    A third of the plain rows are sums.
     """
     stream, task, rng = problems("lm", seed, plain), GSM8K(), random.Random(seed)
     while True:
         rows = []
         for _ in range(32 * batch_size):
-            if plain and rng.random() < 0.5:
-                question, answer = drill(rng)
-                messages = [{"role": "user", "content": question}]
+            if plain and rng.random() < 1 / 3:
+                answer, messages = sums(rng), [{"role": "user", "content": "Do some sums."}]
                 prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             else:
                 example = next(stream)
