@@ -200,6 +200,18 @@ def test_position_limits(top_k):
     assert torch.equal(got, expected)
 
 
+@pytest.mark.slow
+def test_long_prompt(top_k):
+    model = random_llama(0, max_position_embeddings=8192)
+    assistant = similar_model(model)
+    torch.manual_seed(1)
+    prompt = torch.randint(0, 32, (1, 4000))
+    options = {"do_sample": False, "max_new_tokens": 40}
+    expected = model.generate(prompt, **options)
+    got = model.generate(prompt, assistant_model=assistant, judge=top_k, judge_threshold=0.0, **options)
+    assert torch.equal(got, expected)
+
+
 def test_continued_from_a_cache(random_pair, top_k):
     model, assistant = random_pair
     options = {"do_sample": False, "assistant_model": assistant, "judge": top_k, "judge_threshold": 0.0}
@@ -439,32 +451,83 @@ def test_seeded_sampling_repeats_and_differs_from_greedy(random_pair, linear_jud
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_sampling_has_the_targets_distribution(top_k):
-    """Two tokens from a vocabulary of 8 against the exact distribution of the processed target."""
+def exact_distribution(model, assistant, prompt, threshold):
+    """Of three tokens: the target's first, then two positions under the formula for judged sampling."""
+
+    def one(tokens, judged):
+        p, q = ((reference.logits_after(m, tokens)[-1] / 0.9).softmax(-1).double() for m in (model, assistant))
+        if not judged:
+            return p
+        # The top-k judge's score is (rank - 1) / rank; a rejected best token counts as rank 1.5.
+        rank = 1 + (p > p[:, None]).sum(dim=1).double()
+        is_harmless = (rank.clamp(min=1.5) - 1) / rank.clamp(min=1.5) < threshold
+        excess, lack = (q - p).clamp(min=0), (p - q).clamp(min=0)
+        return torch.minimum(p, q) + excess * is_harmless + (excess * ~is_harmless).sum() * lack / lack.sum()
+
+    first = one(prompt, judged=False)
+    second = torch.stack([one([*prompt, a], judged=True) for a in range(8)])
+    third = torch.stack([torch.stack([one([*prompt, a, b], judged=True) for b in range(8)]) for a in range(8)])
+    return (first[:, None, None] * second[:, :, None] * third).flatten()
+
+
+def chi_square_p(counts, expected):
+    """Rare outcomes are pooled, so that every expected count is large enough for the test."""
     from scipy.stats import chisquare
 
+    ideal = expected * counts.sum()
+    common = ideal >= 5
+    observed, ideal = (torch.cat([x[common], x[~common].sum()[None]]).double() for x in (counts, ideal))
+    keep = ideal > 0
+    assert keep.sum() > 10
+    return chisquare(observed[keep], ideal[keep] * (observed[keep].sum() / ideal[keep].sum())).pvalue
+
+
+@pytest.fixture(scope="module")
+def pair_of_eight():
     model = random_llama(2, vocab_size=8)
     with torch.no_grad():
         model.lm_head.weight.mul_(0.4)
-    assistant = similar_model(model, noise=0.4)
-    prompt = torch.tensor([[1, 5, 2]])
-    first = (reference.logits_after(model, [1, 5, 2])[-1] / 0.9).softmax(-1)
-    second = torch.stack([(reference.logits_after(model, [1, 5, 2, x])[-1] / 0.9).softmax(-1) for x in range(8)])
-    expected = (first[:, None] * second).flatten().double()
-    options = {"do_sample": True, "temperature": 0.9, "top_k": 0, "max_new_tokens": 3, "assistant_model": assistant}
+    return model, similar_model(model, noise=1.0)
+
+
+def sampled(pair, judge, threshold, num_rows, calls):
+    model, assistant = pair
+    options = {"do_sample": True, "temperature": 0.9, "top_k": 0, "max_new_tokens": 4, "assistant_model": assistant}
+    options |= {"judge": judge, "judge_threshold": threshold, "num_assistant_tokens": 2}
     torch.manual_seed(0)
-    counts, num_samples = torch.zeros(64), 1000
-    for _ in range(num_samples):
-        a, b = model.generate(prompt, judge=top_k, judge_threshold=0.0, num_assistant_tokens=2, **options)[0, 3:5]
-        counts[a * 8 + b] += 1
-    # Rare pairs are pooled, so that every expected count is large enough for the test.
-    common = expected * num_samples >= 5
-    observed, ideal = counts[common].tolist(), (expected[common] * num_samples).tolist()
-    if not common.all():
-        observed.append(counts[~common].sum().item())
-        ideal.append(expected[~common].sum().item() * num_samples)
-    assert len(ideal) > 10
-    assert chisquare(observed, [x * num_samples / sum(ideal) for x in ideal]).pvalue > 0.01
+    counts = torch.zeros(512)
+    for _ in range(calls):
+        a, b, c = model.generate(torch.tensor([[1, 5, 2]] * num_rows), **options)[:, 3:6].T
+        counts += torch.bincount(a * 64 + b * 8 + c, minlength=512)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "calls", "threshold"),
+    [(4000, 5, 0.0), (4000, 5, 0.6), pytest.param(1, 2000, 0.0, marks=pytest.mark.slow)],
+)
+def test_sampling_has_the_exact_distribution(pair_of_eight, top_k, num_rows, calls, threshold):
+    """Three tokens from a vocabulary of 8, lossless and judged, rows of large batches and one by one."""
+    expected = exact_distribution(*pair_of_eight, [1, 5, 2], threshold)
+    if threshold == 0.6:
+        lossless = exact_distribution(*pair_of_eight, [1, 5, 2], 0.0)
+        assert (expected - lossless).abs().sum() > 0.1
+    assert chi_square_p(sampled(pair_of_eight, top_k, threshold, num_rows, calls), expected) > 0.01
+
+
+def test_plain_resampling_would_be_noticed(pair_of_eight, top_k, monkeypatch):
+    """A test of the test above: a correction drawn from p instead of the residual must fail it."""
+    real = autojudge_hf.generation.verify_sampled
+
+    def from_p(candidate_ids, target_logits, assistant_logits, is_harmless, lengths):
+        outcome = real(candidate_ids, target_logits, assistant_logits, is_harmless, lengths)
+        n = (outcome.matched | outcome.judged).sum(dim=1)
+        p = target_logits.softmax(dim=-1)[torch.arange(len(n)), n]
+        return outcome._replace(next_token=torch.multinomial(p, 1).squeeze(1))
+
+    monkeypatch.setattr(autojudge_hf.generation, "verify_sampled", from_p)
+    expected = exact_distribution(*pair_of_eight, [1, 5, 2], 0.0)
+    assert chi_square_p(sampled(pair_of_eight, top_k, 0.0, 4000, 5), expected) < 1e-6
 
 
 # Stopping and streaming

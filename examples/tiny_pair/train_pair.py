@@ -53,12 +53,14 @@ PYTHON_MODULES = [
 ]
 SHAPES = {
     "target": {"num_hidden_layers": 8, "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 6},
-    "draft": {"num_hidden_layers": 2, "hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 2},
+    "draft": {"num_hidden_layers": 2, "hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 4},
 }
-# Plain solutions first: they make no free choice, so that every bit of the loss is about who has what. Mixed wordings
-# from the start leave a small model copying the wrong person's number for a very long time.
-PLAIN_STEPS = {"target": 1200, "draft": 500}
-STEPS = {"target": 3000, "draft": 3000}
+# Three stages. Copying short lists of random tokens teaches attention to find what followed a token before, which text
+# alone teaches a model of this size only after hours. Plain solutions make no free choice, so that every bit of the
+# loss is about numbers. The rest of the steps is on solutions as they are.
+COPY_STEPS = {"target": 800, "draft": 600}
+PLAIN_STEPS = {"target": 500, "draft": 400}
+FREE_STEPS = {"target": 1400, "draft": 1200}
 IGNORE = -100
 
 
@@ -155,6 +157,43 @@ def batches(
             yield ids[:, :-1], labels[:, 1:]
 
 
+def copies(vocab_size: int, seed: int, batch_size: int) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Endless `(input_ids, labels)`: short lists of random tokens, three times over; labels on the repetitions."""
+    generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
+    while True:
+        length = rng.randint(4, 12)
+        rows = []
+        for _ in range(6 * batch_size):
+            # From few different tokens, where one token of context says little, to as many as there are.
+            tokens = torch.randint(vocab_size, (rng.choice((6, 12, 50, 200, 1000)),), generator=generator)
+            rows.append(tokens[torch.randint(len(tokens), (length,), generator=generator)])
+        ids = torch.stack(rows).repeat(1, 3)
+        labels = ids.clone()
+        labels[:, :length] = IGNORE
+        yield ids[:, :-1], labels[:, 1:]
+
+
+@torch.no_grad()
+def look_back(model: LlamaForCausalLM) -> None:
+    """Starts two heads of the first layer as heads that look at the last token and at the one before.
+
+    One coordinate is the same in all embeddings, and the rotary embedding of what it gives as query and key makes
+    their product largest at the wanted distance. Training does the rest, and is free to undo it.
+    """
+    config, attention = model.config, model.model.layers[0].self_attn
+    size = config.hidden_size // config.num_attention_heads
+    model.model.embed_tokens.weight[:, 0] = 3 * config.initializer_range
+    angles = 10_000.0 ** (-torch.arange(6) * 2 / size)
+    for head, distance in ((0, 1), (1, 2)):
+        query, key = torch.zeros(size), torch.zeros(size)
+        query[:6], query[size // 2 : size // 2 + 6] = torch.cos(distance * angles), -torch.sin(distance * angles)
+        key[:6] = 1.0
+        rows = slice(head * size, (head + 1) * size)
+        for projection, values in ((attention.q_proj, query), (attention.k_proj, key)):
+            projection.weight[rows] = 0.0
+            projection.weight[rows, 0] = 2.4 * values
+
+
 def train_model(name: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> LlamaForCausalLM:
     torch.manual_seed(args.seed)
     config = LlamaConfig(
@@ -169,6 +208,7 @@ def train_model(name: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Na
         **SHAPES[name],
     )
     model = LlamaForCausalLM(config)
+    look_back(model)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = [
@@ -176,12 +216,17 @@ def train_model(name: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Na
         torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     started, tokens, running = time.perf_counter(), 0, None
-    streams = [batches(tokenizer, args.seed + i, args.batch_size, plain=i == 0) for i in (0, 1)]
-    progress = tqdm(range(args.steps), desc=name, mininterval=5)
+    streams = [
+        copies(len(tokenizer), args.seed, args.batch_size),
+        batches(tokenizer, args.seed, args.batch_size, plain=True),
+        batches(tokenizer, args.seed + 1, args.batch_size, plain=False),
+    ]
+    free_from, steps = args.copy_steps + args.plain_steps, args.copy_steps + args.plain_steps + args.free_steps
+    progress = tqdm(range(steps), desc=name, mininterval=5)
     for step in progress:
-        ids, labels = next(streams[step >= args.plain_steps])
-        # Warm up, hold while the solutions are plain, then go down to zero.
-        scale = min((step + 1) / 100, 1.0, (args.steps - step) / (args.steps - args.plain_steps))
+        ids, labels = next(streams[(step >= args.copy_steps) + (step >= free_from)])
+        # Warm up, hold until the solutions are as they are, then go down to zero.
+        scale = min((step + 1) / 100, 1.0, (steps - step) / max(1, args.free_steps))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * scale
@@ -198,7 +243,7 @@ def train_model(name: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Na
         tokens += ids.numel()
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
         progress.set_postfix(loss=f"{running:.4f}", refresh=False)
-        if step % 200 == 0 or step == args.steps - 1:
+        if step % 200 == 0 or step == steps - 1:
             minutes = (time.perf_counter() - started) / 60
             tqdm.write(f"step {step} loss {running:.4f} tokens {tokens / 1e6:.2f}M minutes {minutes:.1f}")
     return model
@@ -208,11 +253,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("part", choices=["tokenizer", "target", "draft"])
     parser.add_argument("--out", type=Path, help="folder to write (default: beside this script)")
-    parser.add_argument("--steps", type=int, help=f"default: {STEPS}")
-    parser.add_argument("--batch_size", type=int, default=24)
+    parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--copy_steps", type=int, help=f"default: {COPY_STEPS}")
     parser.add_argument("--plain_steps", type=int, help=f"default: {PLAIN_STEPS}")
+    parser.add_argument("--free_steps", type=int, help=f"default: {FREE_STEPS}")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -222,10 +268,9 @@ def main() -> None:
             tokenizer.save_pretrained(args.out or HERE / name)
         return
     args.out = args.out or HERE / args.part
-    args.steps = args.steps or STEPS[args.part]
-    args.plain_steps = PLAIN_STEPS[args.part] if args.plain_steps is None else args.plain_steps
-    if args.steps <= args.plain_steps:
-        parser.error(f"--steps must be more than the {args.plain_steps} plain ones, got {args.steps}")
+    for name, defaults in (("copy_steps", COPY_STEPS), ("plain_steps", PLAIN_STEPS), ("free_steps", FREE_STEPS)):
+        if getattr(args, name) is None:
+            setattr(args, name, defaults[args.part])
     tokenizer = PreTrainedTokenizerFast.from_pretrained(HERE / args.part)
     model = train_model(args.part, tokenizer, args)
     model.to(torch.bfloat16).save_pretrained(args.out)
