@@ -117,6 +117,7 @@ class Script(torch.nn.Module):
         super().__init__()
         self.model, self.tokens = model, tokens
         self.config, self.generation_config, self.device = model.config, model.generation_config, model.device
+        self._is_stateful = False
 
     def forward(self, **inputs):
         outputs = self.model(**inputs)
