@@ -39,7 +39,7 @@ class Judge(nn.Module):
             raise ValueError(f"{type(self).__name__} needs judge_type={self.judge_type!r}, got {config.judge_type!r}.")
         self.config = config
         #: Figures of the fit for the card, label to value; whoever trains the judge fills them in.
-        self.training: dict[str, str] = {}
+        self.fit_figures: dict[str, str] = {}
 
     def forward(self, inputs: JudgeInputs) -> torch.Tensor:
         """Scores of shape `(b, k)`: the logit of the probability that accepting the candidate changes the answer."""
@@ -52,7 +52,7 @@ class Judge(nn.Module):
     @property
     def card(self) -> str:
         """The README.md that is saved with the judge."""
-        return render_judge_card(self.config, self.training)
+        return render_judge_card(self.config, self.fit_figures)
 
     def _write(self, folder: Path, judge_id: str) -> None:
         if folder.is_file():

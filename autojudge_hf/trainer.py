@@ -97,7 +97,7 @@ class JudgeTrainer:
         self.state.best_metric = float(auc)
         self._fold(scaler, classifier)
         self.judge.config.threshold = self._threshold_by_recall()
-        self.judge.training = self._figures()
+        self.judge.fit_figures = self._figures()
         self.state.log_history.append({"best_C": c, **self.evaluate()})
         return self.state
 

@@ -164,3 +164,10 @@ print("tokens", output[0].tolist())
         max_new_tokens=20,
     )
     assert f"tokens {expected[0].tolist()}" in result.stdout
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_saving_does_not_depend_on_the_modules_mode(linear, tmp_path, mode):
+    """`nn.Module` has a flag of its own, `training`, which `train` and `eval` set."""
+    linear.train(mode).save_pretrained(tmp_path)
+    assert torch.equal(AutoJudge.from_pretrained(tmp_path).weight, linear.weight)
