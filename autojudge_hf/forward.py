@@ -57,10 +57,10 @@ def rewind(cache: Cache, removed: Sequence[int]) -> None:
 
 def shrink(cache: Cache, rows: Sequence[int], num_columns: int) -> None:
     """Keeps some rows of the batch, and of their positions the last `num_columns`."""
-    indices = torch.tensor(rows)
     for layer in cache.layers:
         if layer.get_seq_length() > 0:
-            layer.batch_select_indices(indices.to(layer.keys.device))
+            if len(rows) < layer.keys.shape[0]:
+                layer.batch_select_indices(torch.tensor(rows, device=layer.keys.device))
             layer.keys, layer.values = layer.keys[:, :, -num_columns:], layer.values[:, :, -num_columns:]
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length = num_columns

@@ -132,7 +132,7 @@ def judge_decoding(
         sequence, assistant_logits, room = rows.input_ids, None, [0] * len(rows.active)
         if not prefill:
             # A cycle commits one token more than it has candidates, and the newest one needs no position yet.
-            room = [left - 1 for left in stop.room(rows)]
+            room = [stop.room(rows, j) - 1 for j in range(len(rows.active))]
             longest_draft = min(max(room), max(0, max_length - max(rows.lengths)))
             process = functools.partial(processors, rows)
             sequence, assistant_logits = drafter.get_candidates(sequence, rows.attention_mask, longest_draft, process)

@@ -132,14 +132,13 @@ class StopRule:
             c for c in criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))
         )
 
-    def room(self, rows: Rows) -> list[int]:
-        """How many tokens each active row may still commit."""
-        prompt_length = rows.prompts.shape[1]
-        return [self.max_length - prompt_length - len(rows.responses[row]) for row in rows.active]
+    def room(self, rows: Rows, j: int) -> int:
+        """How many tokens active row j may still commit."""
+        return self.max_length - rows.prompts.shape[1] - len(rows.responses[rows.active[j]])
 
     def __call__(self, rows: Rows, j: int, new_tokens: list[int]) -> tuple[int, bool]:
         """How many of active row j's `new_tokens` stay, and whether the response is finished."""
-        room = self.room(rows)[j]
+        room = self.room(rows, j)
         history = rows.history(rows.active[j]) if self.others else None
         for i, token in enumerate(new_tokens, start=1):
             if token in self.eos_token_ids or i >= room:

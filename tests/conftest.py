@@ -98,12 +98,23 @@ def random_llama(seed: int = 0, vocab_size: int = 32, **overrides):
         "eos_token_id": None,
         "pad_token_id": 0,
     }
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **{**config, **overrides})).eval()
+    return scaled_up(LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **{**config, **overrides})).eval())
+
+
+def scaled_up(model):
+    """Weights times 8: a random model's text varies then, so that a wrong cache shows."""
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2:
+            if parameter.ndim >= 2:
                 parameter.mul_(8)
     return model
+
+
+def left_padded(prompts):
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def similar_model(model, seed: int = 1, noise: float = 0.03):

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from conftest import similar_model
+from conftest import left_padded, scaled_up, similar_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from autojudge_hf import AutoJudge, JudgeConfig
@@ -58,23 +58,11 @@ PROMPTS = [[3, 14, 15, 9, 2, 6, 5], [8, 9], [27, 1, 8, 2]]
 NEW_TOKENS = 40
 
 
-def left_padded(prompts):
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 def random_model(family, seed):
-    """Weights scaled up, embeddings untied: text that varies, so that a wrong cache shows."""
     torch.manual_seed(seed)
     sizes = {name: size for name, size in SIZES.items() if not (family == "falcon" and name == "head_dim")}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**sizes, **FAMILIES[family]})).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(8)
-    return model
+    config = AutoConfig.for_model(family, **{**sizes, **FAMILIES[family]})
+    return scaled_up(AutoModelForCausalLM.from_config(config).eval())
 
 
 def worth_testing(family):

@@ -8,7 +8,7 @@ import logging
 import pytest
 import reference
 import torch
-from conftest import MAX_NEW_TOKENS, random_llama, similar_model
+from conftest import MAX_NEW_TOKENS, left_padded, random_llama, scaled_up, similar_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -130,11 +130,7 @@ def test_lossless_across_architectures(family, top_k):
     if family == "qwen2":
         sizes |= {"use_sliding_window": True, "max_window_layers": 1}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(8)
+    model = scaled_up(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval())
     assistant = similar_model(model)
     # Up to the last position the models have.
     expected = model.generate(PROMPT, do_sample=False, max_new_tokens=57)
@@ -225,13 +221,6 @@ def test_continued_from_a_cache(random_pair, top_k):
 # Batches: row i gives what it gives alone
 
 PROMPTS = [[3, 14, 15, 9, 2, 6, 5], [8, 9], [27, 1, 8, 2], [18]]
-
-
-def left_padded(prompts):
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def test_rows_give_what_they_give_alone(random_pair, linear_judge):

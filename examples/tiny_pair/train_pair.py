@@ -5,8 +5,8 @@
     python examples/tiny_pair/train_pair.py target
     python examples/tiny_pair/train_pair.py draft
 
-Every batch is fresh: word problems of the `lm` split, which shares no problem with those that are mined or tested.
-The loss is on the responses only.
+Every batch is fresh: lists to copy at first, then word problems of the `lm` split, which shares no problem with those
+that are mined or tested. The loss is on the responses only.
 """
 
 from __future__ import annotations
