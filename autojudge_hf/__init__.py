@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Judge decoding for Hugging Face models. Importing this teaches `generate` the argument `judge`."""
 
+from .adapter import install_judge_argument
 from .configuration import JudgeConfig
 from .evaluation import evaluate_judge
-from .generation import JudgeDecoderOnlyOutput, install_judge_argument, judge_decoding
+from .generation import JudgeDecoderOnlyOutput, judge_decoding
 from .mining import mine_mismatches
 from .modeling import AutoJudge, Judge, LinearJudge, TopKJudge
 from .trainer import JudgeTrainer

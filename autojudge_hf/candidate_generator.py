@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drafting: the assistant's candidates, and its hidden states for judges that read them."""
+"""Drafting: candidates of an assistant, with its hidden states for judges that read them, or of the prompt itself."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from transformers.generation import CandidateGenerator
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
-from .forward import cached_forward, rewind, rewindable_cache, vocab_size
+from .forward import cached_forward, rewind, rewindable_cache, shrink, vocab_size
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 
 class JudgeCandidateGenerator(CandidateGenerator):
@@ -52,6 +53,8 @@ class JudgeCandidateGenerator(CandidateGenerator):
         #: The assistant's last hidden states of the last draft, from the last committed token to the last candidate:
         #: shape `(b, k + 1, h_a)`.
         self.states: torch.Tensor | None = None
+        #: How many candidates of each row are real; `None`: all of them.
+        self.lengths: list[int] | None = None
         self._length = 0
 
     def get_candidates(
@@ -110,8 +113,12 @@ class JudgeCandidateGenerator(CandidateGenerator):
             ahead = max(1, self._length + max(num_committed) - cached)
             rewind(self.cache, [cached - (self._length + n - ahead) for n in num_committed])
 
+    def shrink(self, rows: Sequence[int], unneeded: int) -> None:
+        """Keeps some rows of the batch, and drops the first `unneeded` columns."""
+        shrink(self.cache, rows, self.cache.get_seq_length() - unneeded)
+
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
-        """The draft length is fixed."""
+        """Nothing to learn: the loop passes each cycle's draft length to `get_candidates`."""
 
     def _forward(self, sequence: torch.LongTensor, mask: torch.Tensor | None):
         if mask is not None:
@@ -124,3 +131,55 @@ class JudgeCandidateGenerator(CandidateGenerator):
         """Pairs may pad one vocabulary to different sizes: tokens that the assistant lacks are never drawn."""
         missing = self.target_vocab_size - logits.shape[-1]
         return torch.nn.functional.pad(logits, (0, missing), value=float("-inf")) if missing else logits
+
+
+class PromptLookup(CandidateGenerator):
+    """Drafts what followed the last tokens where they occurred before; `transformers`' generator, one for each row.
+
+    Args:
+        model (`PreTrainedModel`): the target.
+        generation_config (`GenerationConfig`): its `max_matching_ngram_size` and `max_length`.
+        processors (`list[LogitsProcessorList]`): the logits processors of each row, which forbid candidates.
+    """
+
+    states = None
+
+    def __init__(
+        self, model: PreTrainedModel, generation_config: GenerationConfig, processors: Sequence[LogitsProcessorList]
+    ):
+        self.generators = [
+            PromptLookupCandidateGenerator(
+                eos_token_id=generation_config._eos_token_tensor,
+                max_matching_ngram_size=generation_config.max_matching_ngram_size or 2,
+                max_length=generation_config.max_length,
+                logits_processor=row_processors or None,
+                vocab_size=vocab_size(model),
+            )
+            for row_processors in processors
+        ]
+        #: How many candidates of each row are real; the others fill the block up.
+        self.lengths: list[int] = []
+
+    def get_candidates(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        max_candidates: int = 10,
+        process: object = None,
+    ) -> tuple[torch.LongTensor, None]:
+        """As [`JudgeCandidateGenerator.get_candidates`]; the draft is certain of its candidates and has no logits."""
+        drafts = []
+        for j, generator in enumerate(self.generators):
+            tokens = input_ids[j] if attention_mask is None else input_ids[j, attention_mask[j].bool()]
+            generator.num_output_tokens = max_candidates
+            sequence, _ = generator.get_candidates(tokens[None])
+            drafts.append(sequence[0, len(tokens) :])
+        self.lengths = [len(draft) for draft in drafts]
+        filled = torch.nn.utils.rnn.pad_sequence(drafts, batch_first=True)
+        return torch.cat([input_ids, filled], dim=1), None
+
+    def rewind(self, num_committed: Sequence[int]) -> None:
+        """Holds nothing to forget."""
+
+    def shrink(self, rows: Sequence[int], unneeded: int) -> None:
+        self.generators = [self.generators[j] for j in rows]

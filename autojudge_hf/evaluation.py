@@ -13,8 +13,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
+from .checks import checked_judge
 from .forward import eos_token_ids
-from .generation import checked_judge, judge_decoding
+from .generation import judge_decoding
 from .modeling import Judge
 from .tasks import Task
 

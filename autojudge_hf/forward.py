@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Sequence
@@ -97,6 +98,29 @@ def cached_forward(
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = num_logits
     return model(**inputs, output_hidden_states=output_hidden_states, return_dict=True)
+
+
+def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
+    """A model of the first `num_layers` layers of `model` and its head: same weights, nothing copied or changed.
+
+    Raises:
+        ValueError: for other than 1 to all but one of the layers, or a model whose layers aren't one list.
+    """
+    total = model.config.get_text_config(decoder=True).num_hidden_layers
+    base = copy.copy(model.base_model)
+    base._modules = dict(base._modules)
+    lists = [name for name, x in base._modules.items() if isinstance(x, torch.nn.ModuleList) and len(x) == total]
+    if len(lists) != 1 or not isinstance(num_layers, int) or not 1 <= num_layers < total:
+        raise ValueError(
+            f"`assistant_early_exit` must be a number of layers from 1 to {total - 1} of a model with one list of "
+            f"layers, got {num_layers!r} for a {type(model).__name__} with {len(lists)}."
+        )
+    base._modules[lists[0]] = base._modules[lists[0]][:num_layers]
+    early = copy.copy(model)
+    early._modules = {**model._modules, model.base_model_prefix: base}
+    early.config = base.config = copy.deepcopy(model.config)
+    early.config.get_text_config(decoder=True).num_hidden_layers = num_layers
+    return early
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

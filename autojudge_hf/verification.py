@@ -85,7 +85,8 @@ def verify_sampled(
     Args:
         candidate_ids, target_logits, is_harmless, lengths: see `verify_greedy`.
         assistant_logits (`torch.FloatTensor` of shape `(b, k, v)`, *optional*): the processed logits that the
-            candidates were drawn from; minus infinity where the assistant has no such token. `None` for k = 0.
+            candidates were drawn from; minus infinity where the assistant has no such token. `None`: each candidate
+            was certain.
     """
     k = candidate_ids.shape[1]
     p = target_logits.softmax(dim=-1)
@@ -93,7 +94,11 @@ def verify_sampled(
     q = torch.zeros_like(p)
     is_candidate = _is_candidate(candidate_ids, lengths)
     if k > 0:
-        q[:, :k] = assistant_logits.softmax(dim=-1) * is_candidate[..., None]
+        if assistant_logits is None:
+            drawn_from = torch.zeros_like(p[:, :k]).scatter(2, candidate_ids[..., None], 1.0)
+        else:
+            drawn_from = assistant_logits.softmax(dim=-1)
+        q[:, :k] = drawn_from * is_candidate[..., None]
     p_candidate = p[:, :-1].gather(2, candidate_ids[..., None]).squeeze(2)
     q_candidate = q[:, :k].gather(2, candidate_ids[..., None]).squeeze(2)
     matches = torch.rand_like(q_candidate) * q_candidate < p_candidate

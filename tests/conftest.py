@@ -10,11 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from autojudge_hf import AutoJudge, JudgeConfig
+
 
 ROOT = Path(__file__).parent.parent
 PAIR = ROOT / "examples" / "tiny_pair"
 SHARED_DATA = ROOT.parent / "shared" / "data"
 MAX_NEW_TOKENS = 320
+PROMPT = torch.tensor([[3, 14, 15, 9, 2, 6, 5]])
 
 
 def load(role: str):
@@ -127,3 +130,22 @@ def similar_model(model, seed: int = 1, noise: float = 0.03):
         for parameter in other.parameters():
             parameter.add_(noise * parameter.std(correction=0) * torch.randn_like(parameter))
     return other
+
+
+@pytest.fixture(scope="session")
+def random_pair():
+    model = random_llama()
+    return model, similar_model(model)
+
+
+@pytest.fixture
+def linear_judge(random_pair):
+    judge = AutoJudge.from_config(JudgeConfig(hidden_size=32))
+    torch.manual_seed(5)
+    judge.load_state_dict({"weight": torch.randn(32), "bias": torch.zeros(1)})
+    return judge
+
+
+@pytest.fixture
+def top_k():
+    return AutoJudge.from_config(JudgeConfig(judge_type="top_k"))

@@ -8,7 +8,7 @@ import logging
 import pytest
 import reference
 import torch
-from conftest import MAX_NEW_TOKENS, left_padded, random_llama, scaled_up, similar_model
+from conftest import MAX_NEW_TOKENS, PROMPT, left_padded, random_llama, scaled_up, similar_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,30 +28,10 @@ from autojudge_hf.tasks import GSM8K
 
 
 TASK = GSM8K()
-PROMPT = torch.tensor([[3, 14, 15, 9, 2, 6, 5]])
 
 
 def encode(tokenizer, problem):
     return tokenizer(TASK.prompt(problem, tokenizer), return_tensors="pt", add_special_tokens=False)
-
-
-@pytest.fixture(scope="module")
-def random_pair():
-    model = random_llama()
-    return model, similar_model(model)
-
-
-@pytest.fixture
-def linear_judge(random_pair):
-    judge = AutoJudge.from_config(JudgeConfig(hidden_size=32))
-    torch.manual_seed(5)
-    judge.load_state_dict({"weight": torch.randn(32), "bias": torch.zeros(1)})
-    return judge
-
-
-@pytest.fixture
-def top_k():
-    return AutoJudge.from_config(JudgeConfig(judge_type="top_k"))
 
 
 # Lossless
@@ -427,98 +407,6 @@ def test_draft_length_keyword_and_default(random_pair, top_k):
         assistant.generation_config.num_assistant_tokens = None
 
 
-# Sampling
-
-
-def test_seeded_sampling_repeats_and_differs_from_greedy(random_pair, linear_judge):
-    model, assistant = random_pair
-    options = {"do_sample": True, "max_new_tokens": 30, "assistant_model": assistant, "judge": linear_judge}
-    runs = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        runs.append(model.generate(PROMPT, **options)[0].tolist())
-    assert runs[0] == runs[1] != runs[2]
-
-
-def exact_distribution(model, assistant, prompt, threshold):
-    """Of three tokens: the target's first, then two positions under the formula for judged sampling."""
-
-    def one(tokens, judged):
-        p, q = ((reference.logits_after(m, tokens)[-1] / 0.9).softmax(-1).double() for m in (model, assistant))
-        if not judged:
-            return p
-        # The top-k judge's score is (rank - 1) / rank; a rejected best token counts as rank 1.5.
-        rank = 1 + (p > p[:, None]).sum(dim=1).double()
-        is_harmless = (rank.clamp(min=1.5) - 1) / rank.clamp(min=1.5) < threshold
-        excess, lack = (q - p).clamp(min=0), (p - q).clamp(min=0)
-        return torch.minimum(p, q) + excess * is_harmless + (excess * ~is_harmless).sum() * lack / lack.sum()
-
-    first = one(prompt, judged=False)
-    second = torch.stack([one([*prompt, a], judged=True) for a in range(8)])
-    third = torch.stack([torch.stack([one([*prompt, a, b], judged=True) for b in range(8)]) for a in range(8)])
-    return (first[:, None, None] * second[:, :, None] * third).flatten()
-
-
-def chi_square_p(counts, expected):
-    """Rare outcomes are pooled, so that every expected count is large enough for the test."""
-    from scipy.stats import chisquare
-
-    ideal = expected * counts.sum()
-    common = ideal >= 5
-    observed, ideal = (torch.cat([x[common], x[~common].sum()[None]]).double() for x in (counts, ideal))
-    keep = ideal > 0
-    assert keep.sum() > 10
-    return chisquare(observed[keep], ideal[keep] * (observed[keep].sum() / ideal[keep].sum())).pvalue
-
-
-@pytest.fixture(scope="module")
-def pair_of_eight():
-    model = random_llama(2, vocab_size=8)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(0.4)
-    return model, similar_model(model, noise=1.0)
-
-
-def sampled(pair, judge, threshold, num_rows, calls):
-    model, assistant = pair
-    options = {"do_sample": True, "temperature": 0.9, "top_k": 0, "max_new_tokens": 4, "assistant_model": assistant}
-    options |= {"judge": judge, "judge_threshold": threshold, "num_assistant_tokens": 2}
-    torch.manual_seed(0)
-    counts = torch.zeros(512)
-    for _ in range(calls):
-        a, b, c = model.generate(torch.tensor([[1, 5, 2]] * num_rows), **options)[:, 3:6].T
-        counts += torch.bincount(a * 64 + b * 8 + c, minlength=512)
-    return counts
-
-
-@pytest.mark.parametrize(
-    ("num_rows", "calls", "threshold"),
-    [(4000, 5, 0.0), (4000, 5, 0.6), pytest.param(1, 2000, 0.0, marks=pytest.mark.slow)],
-)
-def test_sampling_has_the_exact_distribution(pair_of_eight, top_k, num_rows, calls, threshold):
-    """Three tokens from a vocabulary of 8, lossless and judged, rows of large batches and one by one."""
-    expected = exact_distribution(*pair_of_eight, [1, 5, 2], threshold)
-    if threshold == 0.6:
-        lossless = exact_distribution(*pair_of_eight, [1, 5, 2], 0.0)
-        assert (expected - lossless).abs().sum() > 0.1
-    assert chi_square_p(sampled(pair_of_eight, top_k, threshold, num_rows, calls), expected) > 0.01
-
-
-def test_plain_resampling_would_be_noticed(pair_of_eight, top_k, monkeypatch):
-    """A test of the test above: a correction drawn from p instead of the residual must fail it."""
-    real = autojudge_hf.generation.verify_sampled
-
-    def from_p(candidate_ids, target_logits, assistant_logits, is_harmless, lengths):
-        outcome = real(candidate_ids, target_logits, assistant_logits, is_harmless, lengths)
-        n = (outcome.matched | outcome.judged).sum(dim=1)
-        p = target_logits.softmax(dim=-1)[torch.arange(len(n)), n]
-        return outcome._replace(next_token=torch.multinomial(p, 1).squeeze(1))
-
-    monkeypatch.setattr(autojudge_hf.generation, "verify_sampled", from_p)
-    expected = exact_distribution(*pair_of_eight, [1, 5, 2], 0.0)
-    assert chi_square_p(sampled(pair_of_eight, top_k, 0.0, 4000, 5), expected) < 1e-6
-
-
 # Stopping and streaming
 
 
@@ -635,15 +523,15 @@ def instruct_pair(random_pair):
 
 def test_instruct_configs_warn_once_with_the_difference(instruct_pair, linear_judge, caplog):
     model, assistant = instruct_pair
-    autojudge_hf.generation._warn_once.cache_clear()
-    with caplog.at_level(logging.WARNING, logger="autojudge_hf.generation"):
+    autojudge_hf.checks.warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="autojudge_hf.checks"):
         for _ in range(2):
             model.generate(PROMPT, max_new_tokens=8, assistant_model=assistant, judge=linear_judge)
     assert len(caplog.messages) == 1
     for part in ("do_sample=True (mined: False)", "temperature=0.7", "repetition_penalty=1.05 (mined: 1.0)"):
         assert part in caplog.messages[0]
     caplog.clear()
-    with caplog.at_level(logging.WARNING, logger="autojudge_hf.generation"):
+    with caplog.at_level(logging.WARNING, logger="autojudge_hf.checks"):
         options = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": 8}
         model.generate(PROMPT, assistant_model=assistant, judge=linear_judge, **options)
     assert not caplog.messages
@@ -662,7 +550,7 @@ def test_instruct_configs_lossless_follows_the_targets_config(instruct_pair, top
 
 def test_wrapped_once_and_signature_kept():
     wrapped = GenerationMixin.generate
-    autojudge_hf.generation.install_judge_argument()
+    autojudge_hf.adapter.install_judge_argument()
     assert GenerationMixin.generate is wrapped
     original = wrapped.__wrapped__
     assert inspect.signature(wrapped) == inspect.signature(original)
@@ -692,7 +580,10 @@ def test_without_judge_the_original_runs(random_pair, monkeypatch):
         ({"guidance_scale": 2.0}, "guidance_scale"),
         ({"use_cache": False}, "use_cache"),
         ({"cache_implementation": "static"}, "StaticCache"),
-        ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
+        ({"prompt_lookup_num_tokens": 3}, "two drafters.*assistant_model, prompt_lookup_num_tokens"),
+        ({"assistant_model": None, "assistant_early_exit": 2}, "assistant_early_exit.*1 to 1.*got 2"),
+        ({"num_assistant_tokens": "many"}, "num_assistant_tokens.*'adaptive'.*'many'"),
         ({"custom_generate": lambda *args, **kwargs: None}, "custom_generate"),
     ],
 )

@@ -21,9 +21,12 @@ ORDER = [
     "features",
     "model_card",
     "modeling",
+    "draft_length",
+    "checks",
     "candidate_generator",
     "rows",
     "generation",
+    "adapter",
     "tasks",
     "mining",
     "evaluation",
@@ -32,7 +35,10 @@ ORDER = [
     "__init__",
 ]
 SERVING = (
+    "adapter",
     "generation",
+    "checks",
+    "draft_length",
     "rows",
     "candidate_generator",
     "modeling",

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`model.generate(..., judge=)`: brings the argument to `judge_decoding`."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from typing import Any
+
+from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
+
+from .generation import judge_decoding
+
+
+def install_judge_argument() -> None:
+    """Teaches `GenerationMixin.generate` the `judge` argument. Does nothing the second time."""
+    if not getattr(GenerationMixin.generate, "_wraps_judge", False):
+        GenerationMixin.generate = _with_judge(GenerationMixin.generate)
+
+
+def _with_judge(generate):
+    """Wraps `GenerationMixin.generate`: takes `judge`, and without one runs the original untouched."""
+    signature = inspect.signature(generate)
+
+    @functools.wraps(generate)
+    def wrapper(self, *args, judge=None, **kwargs):
+        if judge is None:
+            return generate(self, *args, **kwargs)
+        options = {name: kwargs.pop(name, None) for name in ("judge_threshold", "num_assistant_tokens")}
+        if kwargs.pop("custom_generate", None) is not None:
+            raise ValueError("Pass either `judge` or `custom_generate`: each brings its own decoding loop.")
+        arguments = signature.bind(self, *args, **kwargs).arguments
+        extra = arguments.pop("kwargs", {})
+        _check_tokenizers(extra)
+        _stop_strings_to_criterion(arguments, extra)
+        decode = functools.partial(
+            judge_decoding,
+            judge=judge,
+            assistant_model=arguments.get("assistant_model"),
+            streamer=arguments.get("streamer"),
+            **options,
+        )
+        return generate(**arguments, custom_generate=decode, **extra)
+
+    wrapper._wraps_judge = True
+    return wrapper
+
+
+def _check_tokenizers(extra: dict[str, Any]) -> None:
+    """One tokenizer for both models: `assistant_tokenizer` may be passed, but not be another one."""
+    assistant_tokenizer = extra.pop("assistant_tokenizer", None)
+    if assistant_tokenizer is None:
+        return
+    tokenizer = extra.get("tokenizer")
+    if tokenizer is None or tokenizer.get_vocab() != assistant_tokenizer.get_vocab():
+        raise ValueError(
+            "Judge decoding doesn't support pairs with different tokenizers: expected `assistant_tokenizer` to have "
+            f"the vocabulary of `tokenizer`, got {type(assistant_tokenizer).__name__} with {len(assistant_tokenizer)} "
+            f"tokens beside {'None' if tokenizer is None else f'{len(tokenizer)} tokens'}. Use an assistant of the "
+            "target's own family."
+        )
+
+
+def _stop_strings_to_criterion(arguments: dict[str, Any], extra: dict[str, Any]) -> None:
+    """Makes stop strings a stopping criterion: `generate` loses the tokenizer on the way to a custom loop."""
+    config = arguments.get("generation_config") or arguments["self"].generation_config
+    stop_strings = extra.pop("stop_strings", None) or config.stop_strings
+    if not stop_strings:
+        return
+    tokenizer = extra.pop("tokenizer", None)
+    if tokenizer is None:
+        raise ValueError(f"`stop_strings={stop_strings!r}` needs the `tokenizer`: pass it to `generate` too.")
+    if config.stop_strings is not None:
+        arguments["generation_config"] = config = copy.deepcopy(config)
+        config.stop_strings = None
+    criteria = arguments.get("stopping_criteria") or []
+    arguments["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, stop_strings)])

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What judge decoding refuses, or warns of, before any forward."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import TYPE_CHECKING, Any
+
+from transformers.cache_utils import DynamicCache
+
+from .configuration import checked_threshold, decoding_settings, public_name
+from .draft_length import ADAPTIVE, DEFAULT_DRAFT_LENGTH, AdaptiveDraftLength, FixedDraftLength
+from .forward import hidden_size, vocab_size
+from .modeling import Judge
+
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import GenerationConfig, PreTrainedModel
+    from transformers.generation.streamers import BaseStreamer
+
+
+logger = logging.getLogger(__name__)
+
+# Pairs with one tokenizer pad its vocabulary to different sizes, Qwen2.5's by 128. Tokenizers differ by more.
+LARGEST_PADDING = 1024
+
+
+def checked_draft_length(
+    num_assistant_tokens: int | str | None,
+    assistant_model: PreTrainedModel | None,
+    generation_config: GenerationConfig | None,
+) -> FixedDraftLength | AdaptiveDraftLength:
+    """The schedule for `num_assistant_tokens`.
+
+    Raises:
+        ValueError: for no drafter at all, or what is neither a positive int nor `"adaptive"`.
+    """
+    prompt_lookup = getattr(generation_config, "prompt_lookup_num_tokens", None)
+    early_exit = getattr(generation_config, "assistant_early_exit", None)
+    if assistant_model is None and prompt_lookup is None and early_exit is None:
+        raise ValueError(
+            "Judge decoding needs a drafter: expected `assistant_model=<a smaller model with the same tokenizer>`, "
+            "`prompt_lookup_num_tokens=<int>` or `assistant_early_exit=<layers>`, got None of them."
+        )
+    default = DEFAULT_DRAFT_LENGTH
+    if assistant_model is not None:
+        default = assistant_model.generation_config.num_assistant_tokens or default
+    elif prompt_lookup is not None:
+        default = prompt_lookup
+    if num_assistant_tokens == ADAPTIVE:
+        return AdaptiveDraftLength(min(8, int(default)))
+    if num_assistant_tokens is None:
+        num_assistant_tokens = int(default)
+    if not isinstance(num_assistant_tokens, int) or isinstance(num_assistant_tokens, bool) or num_assistant_tokens < 1:
+        raise ValueError(
+            f"`num_assistant_tokens` must be an int of at least 1 or {ADAPTIVE!r}, got {num_assistant_tokens!r}."
+        )
+    return FixedDraftLength(num_assistant_tokens)
+
+
+def checked_judge(
+    judge: Judge | None,
+    judge_threshold: float | None,
+    model: PreTrainedModel,
+    assistant_model: PreTrainedModel | None,
+    generation_config: GenerationConfig,
+) -> float:
+    """The threshold to decode with, after checking that the judge fits the pair.
+
+    Raises:
+        ValueError: for something else than a judge, a judge of other hidden sizes or of states that nobody computes, a
+            threshold outside [0, 1].
+    """
+    if judge is None:
+        if judge_threshold is not None:
+            raise ValueError(f"`judge_threshold={judge_threshold}` needs a `judge`, got None.")
+        return 0.0
+    if not isinstance(judge, Judge):
+        raise ValueError(
+            f"`judge` must be a judge, got {type(judge).__name__}. Load one with `AutoJudge.from_pretrained(...)`."
+        )
+    config = judge.config
+    if config.assistant_hidden_size is not None and assistant_model is None:
+        raise ValueError(
+            f"The judge reads an assistant's hidden states, of size {config.assistant_hidden_size}, and prompt lookup "
+            "has none. Pass an `assistant_model`, or train a judge on the target's states alone."
+        )
+    pair = (("target", config.hidden_size, model), ("assistant", config.assistant_hidden_size, assistant_model))
+    for name, size, part in pair:
+        if size is not None and size != hidden_size(part):
+            raise ValueError(
+                f"The judge doesn't fit this {name}: it was trained on hidden states of size {size}, and the {name}'s "
+                f"have {hidden_size(part)}. It was made for {config.base_model_name_or_path} with "
+                f"{config.assistant_model_name_or_path}: use that pair, or train a judge for this one."
+            )
+    threshold = config.threshold
+    if judge_threshold is not None:
+        threshold = checked_threshold(judge_threshold, "judge_threshold")
+    if threshold > 0.0 and judge.reads_states:
+        _warn_of_another_pair(judge, model, assistant_model)
+        _warn_of_other_settings(judge, generation_config)
+    return threshold
+
+
+def _warn_of_another_pair(judge: Judge, model: PreTrainedModel, assistant_model: PreTrainedModel | None) -> None:
+    config = judge.config
+    others = []
+    for role, trained, part in (
+        ("target", config.base_model_name_or_path, model),
+        ("assistant", config.assistant_model_name_or_path, assistant_model),
+    ):
+        actual = public_name(part.config._name_or_path) if part is not None else None
+        # A local copy of "user/model" is called "model".
+        if trained and actual and trained.rsplit("/", 1)[-1] != actual.rsplit("/", 1)[-1]:
+            others.append(f"{role} {actual} (mined with {trained})")
+    if others:
+        warn_once(
+            f"The judge was trained for another pair: {', '.join(others)}. Which mismatches are harmless differs from "
+            "pair to pair: measure its accuracy with `evaluate_judge`, or train a judge for this pair."
+        )
+
+
+def _warn_of_other_settings(judge: Judge, generation_config: GenerationConfig) -> None:
+    mined, actual = judge.config.decoding_settings, decoding_settings(generation_config)
+    differences = [f"{name}={actual[name]} (mined: {mined[name]})" for name in actual if mined[name] != actual[name]]
+    if differences:
+        warn_once(
+            "The judge was mined under other decoding settings, so its threshold may not mean the same here: "
+            + ", ".join(differences)
+            + ". Pass the mined values to `generate`, or mine under these."
+        )
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def check_supported(
+    model: PreTrainedModel,
+    assistant_model: PreTrainedModel | None,
+    input_ids: torch.Tensor,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None,
+    model_kwargs: dict[str, Any],
+) -> None:
+    """Raises one `ValueError` that lists everything about the call that judge decoding can't do."""
+    models = [model] if assistant_model is None else [model, assistant_model]
+    cache = model_kwargs.get("past_key_values")
+    mask = model_kwargs.get("attention_mask")
+    is_padded_right = mask is not None and not mask[:, -1].all()
+    known = {"past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+    other = sorted(k for k, v in model_kwargs.items() if v is not None and k not in known)
+    config = generation_config
+    drafters = {
+        "assistant_model": assistant_model,
+        "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens,
+        "assistant_early_exit": config.assistant_early_exit,
+    }
+    given = [name for name, value in drafters.items() if value is not None]
+    reasons = {
+        "encoder-decoder models": any(m.config.is_encoder_decoder for m in models),
+        "stateful models, which can't take tokens back": any(m._is_stateful for m in models),
+        "prompts padded on the right (set `padding_side='left'`)": is_padded_right,
+        "continuing from a cache with several prompts": len(input_ids) > 1 and cache and cache.get_seq_length() > 0,
+        "streamers with several prompts": len(input_ids) > 1 and streamer is not None,
+        "beam search": (config.num_beams or 1) > 1,
+        "`num_return_sequences` above 1": (config.num_return_sequences or 1) > 1,
+        "`guidance_scale`": config.guidance_scale not in (None, 1),
+        "watermarks": config.watermarking_config is not None,
+        "`use_cache=False`": cache is None,
+        f"the cache {type(cache).__name__}": cache is not None and type(cache) is not DynamicCache,
+        "`output_attentions`": bool(config.output_attentions),
+        f"two drafters at once ({', '.join(given)})": len(given) > 1,
+        "`use_mtp`": bool(getattr(config, "use_mtp", None)),
+        "`speculation_type`": getattr(config, "speculation_type", None) is not None,
+        "`assistant_ensemble_weight`": getattr(config, "assistant_ensemble_weight", None) is not None,
+        f"the model inputs {other}": bool(other),
+    }
+    refused = [reason for reason, applies in reasons.items() if applies]
+    if refused:
+        raise ValueError("Judge decoding doesn't support " + "; nor ".join(refused) + ".")
+    if assistant_model is not None and abs(vocab_size(model) - vocab_size(assistant_model)) > LARGEST_PADDING:
+        raise ValueError(
+            f"The models have different vocabularies: {vocab_size(model)} tokens in the target's, "
+            f"{vocab_size(assistant_model)} in the assistant's. Expected one tokenizer (the padding of its embeddings "
+            "may differ). Use an assistant of the target's own family."
+        )

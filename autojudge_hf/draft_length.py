@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many candidates a cycle drafts: a fixed number, or the one that promises the most tokens per second."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+ADAPTIVE = "adaptive"
+DEFAULT_DRAFT_LENGTH = 20  # what stock `generate` falls back to
+
+
+class FixedDraftLength:
+    """Always the same number.
+
+    Args:
+        value (`int`): candidates per cycle.
+    """
+
+    def __init__(self, value: int):
+        self.value = self.longest = value
+
+    def update(self, lengths: Sequence[int], accepted: Sequence[int], draft: float, verify: float) -> None:
+        """Nothing to learn."""
+
+
+class AdaptiveDraftLength:
+    """Picks the draft length by what was accepted and by what a draft and a verification have cost so far.
+
+    If a candidate is accepted with probability a, whatever came before, k candidates commit
+    `(1 - a^(k + 1)) / (1 - a)` tokens per cycle on average (arXiv 2211.17192, equation 1), at the price of k drafted
+    tokens and one target forward. The length with the most tokens per second is next.
+
+    Args:
+        value (`int`): candidates of the first cycle, of which nothing is known yet.
+        longest (`int`, *optional*, defaults to 32): upper limit.
+
+    Example:
+        >>> schedule = AdaptiveDraftLength(8)
+        >>> for _ in range(50):
+        ...     schedule.update(lengths=[8], accepted=[1], draft=8.0, verify=2.0)  # bad drafts, and expensive ones
+        >>> schedule.value
+        1
+    """
+
+    # Weight that a cycle keeps when the next one comes: the last twenty or so count.
+    MEMORY = 0.95
+
+    def __init__(self, value: int, longest: int = 32):
+        self.value = min(value, longest)
+        self.longest = longest
+        # As if a first cycle had seen four accepted candidates and a rejected one.
+        self._accepted, self._rejected = 4.0, 1.0
+        self._draft, self._drafted, self._verify, self._cycles = 0.0, 0.0, 0.0, 0.0
+
+    def update(self, lengths: Sequence[int], accepted: Sequence[int], draft: float, verify: float) -> None:
+        """Learns from a cycle, and sets `value` for the next.
+
+        Args:
+            lengths (`Sequence[int]`): candidates of each row.
+            accepted (`Sequence[int]`): how many of them were committed.
+            draft, verify (`float`): seconds for all candidates, and for the target's forward and all that follows.
+        """
+        if not max(lengths, default=0):
+            return
+        forgotten = ("_accepted", "_rejected", "_draft", "_drafted", "_verify", "_cycles")
+        for name in forgotten:
+            setattr(self, name, self.MEMORY * getattr(self, name))
+        self._accepted += sum(accepted) / len(lengths)
+        self._rejected += sum(a < n for a, n in zip(accepted, lengths)) / len(lengths)
+        self._draft += draft
+        self._drafted += max(lengths)
+        self._verify += verify
+        self._cycles += 1.0
+        self.value = max(range(1, self.longest + 1), key=self._tokens_per_second)
+
+    def _tokens_per_second(self, k: int) -> float:
+        a = self._accepted / (self._accepted + self._rejected)
+        tokens = sum(a**i for i in range(k + 1))
+        return tokens / (k * self._draft / self._drafted + self._verify / self._cycles)

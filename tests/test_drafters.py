@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where candidates come from: prompt lookup, the target's first layers, and how many of them a cycle drafts."""
+
+import functools
+
+import pytest
+import reference
+import torch
+from conftest import PROMPT, left_padded, random_llama
+from transformers import LlamaForCausalLM
+
+from autojudge_hf import AutoJudge, JudgeConfig, judge_decoding
+from autojudge_hf.draft_length import AdaptiveDraftLength
+from autojudge_hf.forward import first_layers
+
+
+REPETITIVE = [[3, 14, 15, 9, 3, 14, 2, 3, 14, 15, 7, 2, 3], [5, 6, 5, 6, 5], [1, 2, 3, 1, 2, 3, 4, 1, 2, 9, 2]]
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("num_assistant_tokens", [1, 5, 16, "adaptive"])
+@pytest.mark.parametrize("drafter", ["prompt_lookup_num_tokens", "assistant_early_exit", "assistant_model"])
+def test_lossless(random_pair, top_k, drafter, num_assistant_tokens, num_rows):
+    model, assistant = random_pair
+    values = {"prompt_lookup_num_tokens": 4, "assistant_early_exit": 1, "assistant_model": assistant}
+    output = model.generate(
+        **left_padded(REPETITIVE[:num_rows]),
+        do_sample=False,
+        max_new_tokens=60,
+        judge=top_k,
+        judge_threshold=0.0,
+        num_assistant_tokens=num_assistant_tokens,
+        return_dict_in_generate=True,
+        **{drafter: values[drafter]},
+    )
+    width = max(map(len, REPETITIVE[:num_rows]))
+    for row, prompt in zip(output.sequences, REPETITIVE):
+        assert row[width:].tolist() == reference.greedy(model, prompt, 60, ())[len(prompt) :]
+    # Sometimes right, neither never nor always.
+    assert 0 < output.num_matches.sum() < output.num_candidates.sum()
+
+
+def test_prompt_lookup_without_a_judge(random_pair):
+    model, _ = random_pair
+    prompt = torch.tensor(REPETITIVE[:1])
+    options = {"do_sample": False, "max_new_tokens": 30}
+    expected = model.generate(prompt, **options)
+    assert torch.equal(
+        model.generate(prompt, custom_generate=judge_decoding, prompt_lookup_num_tokens=5, **options), expected
+    )
+
+
+def test_prompt_lookup_at_threshold_one_repeats_the_prompt(random_pair, top_k):
+    """Whatever the target thinks of it: every looked-up candidate stays."""
+    model, _ = random_pair
+    options = {"do_sample": False, "max_new_tokens": 24, "prompt_lookup_num_tokens": 3, "judge": top_k}
+    output = model.generate(torch.tensor(REPETITIVE[:1]), judge_threshold=1.0, return_dict_in_generate=True, **options)
+    accepted = output.num_matches + output.num_judge_accepted
+    assert torch.equal(accepted, output.num_candidates) and output.num_judge_accepted > 0
+
+
+def test_prompt_lookup_has_no_states_to_judge(random_pair):
+    model, _ = random_pair
+    judge = AutoJudge.from_config(JudgeConfig(hidden_size=32, assistant_hidden_size=32))
+    with pytest.raises(ValueError, match="assistant's hidden states, of size 32, and prompt lookup has none"):
+        model.generate(PROMPT, prompt_lookup_num_tokens=3, judge=judge, max_new_tokens=5)
+
+
+def test_first_layers_are_a_model_of_their_own():
+    """The same logits as a model that was built with so few layers; the full model is as it was."""
+    model = random_llama(num_hidden_layers=4)
+    before = model(PROMPT).logits
+    early = first_layers(model, 3)
+    literal = random_llama(num_hidden_layers=3)
+    literal.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(early(PROMPT).logits, literal(PROMPT).logits)
+    assert isinstance(early, LlamaForCausalLM)
+    assert torch.equal(model(PROMPT).logits, before)
+    assert not torch.equal(early(PROMPT).logits, before)
+    assert (model.config.num_hidden_layers, len(model.model.layers)) == (4, 4)
+
+
+def test_early_exit_states_can_be_judged(random_pair):
+    """A judge that reads the drafter's states reads those of the first layers."""
+    model, _ = random_pair
+    torch.manual_seed(0)
+    judge = AutoJudge.from_config(JudgeConfig(assistant_hidden_size=32))
+    judge.load_state_dict({"weight": torch.randn(32), "bias": torch.zeros(1)})
+    options = {"do_sample": False, "max_new_tokens": 40, "judge": judge, "judge_threshold": 0.5}
+    early = model.generate(PROMPT, assistant_early_exit=1, num_assistant_tokens=4, **options)
+    twin = model.generate(PROMPT, assistant_model=first_layers(model, 1), num_assistant_tokens=4, **options)
+    assert torch.equal(early, twin)
+
+
+# Adaptive draft length
+
+
+def learned(acceptance, draft, verify, start=8, cycles=400):
+    """What the schedule settles on if candidates are accepted with a fixed probability, at fixed costs in seconds."""
+    generator = torch.Generator().manual_seed(0)
+    schedule, chosen = AdaptiveDraftLength(start), []
+    for _ in range(cycles):
+        k = schedule.value
+        hits = torch.rand(k, generator=generator) < acceptance
+        schedule.update([k], [int(hits.long().cumprod(0).sum())], k * draft, verify)
+        chosen.append(schedule.value)
+    return sum(chosen[cycles // 2 :]) / (cycles - cycles // 2)
+
+
+@pytest.mark.parametrize("acceptance", [0.3, 0.6, 0.8, 0.9])
+@pytest.mark.parametrize("cost", [0.05, 0.2, 0.5])
+def test_adaptive_length_is_within_a_few_percent_of_the_best(acceptance, cost):
+    def speed(k):
+        return (1 - acceptance ** (k + 1)) / (1 - acceptance) / (k * cost + 1)
+
+    best = max(speed(k) for k in range(1, 33))
+    assert speed(learned(acceptance, cost, 1.0)) > 0.95 * best
+
+
+def test_adaptive_length_learns_nothing_from_an_empty_draft():
+    schedule = AdaptiveDraftLength(8)
+    schedule.update([0, 0], [0, 0], 0.0, 1.0)
+    assert schedule.value == 8
+
+
+def test_adaptive_length_reacts_to_a_judge(random_pair, top_k):
+    """Where everything is accepted, drafts grow; where hardly anything is, they shrink."""
+    model, assistant = random_pair
+    decode = functools.partial(
+        model.generate,
+        PROMPT,
+        do_sample=False,
+        max_new_tokens=150,
+        assistant_model=assistant,
+        judge=top_k,
+        num_assistant_tokens="adaptive",
+        return_dict_in_generate=True,
+    )
+    means = []
+    for threshold in (0.0, 1.0):
+        output = decode(judge_threshold=threshold)
+        means.append((output.num_candidates / output.num_target_forwards).item())
+    assert means[0] < means[1]

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampling: the exact distribution, lossless and judged, with a draft model and with prompt lookup."""
+
+import pytest
+import reference
+import torch
+from conftest import PROMPT, random_llama, similar_model
+
+import autojudge_hf.generation
+
+
+def test_seeded_sampling_repeats_and_differs_from_greedy(random_pair, linear_judge):
+    model, assistant = random_pair
+    options = {"do_sample": True, "max_new_tokens": 30, "assistant_model": assistant, "judge": linear_judge}
+    runs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        runs.append(model.generate(PROMPT, **options)[0].tolist())
+    assert runs[0] == runs[1] != runs[2]
+
+
+def exact_distribution(model, draft, prompt, threshold):
+    """Of three tokens: the target's first, then two positions under the formula for judged sampling.
+
+    `draft(response)` is the distribution that the candidate behind `response` is drawn from.
+    """
+
+    def one(*response):
+        p = (reference.logits_after(model, [*prompt, *response])[-1] / 0.9).softmax(-1).double()
+        q = draft(response) if response else None
+        if q is None:
+            return p
+        # The top-k judge's score is (rank - 1) / rank; a rejected best token counts as rank 1.5.
+        rank = 1 + (p > p[:, None]).sum(dim=1).double()
+        is_harmless = (rank.clamp(min=1.5) - 1) / rank.clamp(min=1.5) < threshold
+        excess, lack = (q - p).clamp(min=0), (p - q).clamp(min=0)
+        residual = lack / lack.sum().clamp(min=1e-300)
+        return torch.minimum(p, q) + excess * is_harmless + (excess * ~is_harmless).sum() * residual
+
+    first = one()
+    second = torch.stack([one(a) for a in range(8)])
+    third = torch.stack([torch.stack([one(a, b) for b in range(8)]) for a in range(8)])
+    return (first[:, None, None] * second[:, :, None] * third).flatten()
+
+
+def chi_square_p(counts, expected):
+    """Rare outcomes are pooled, so that every expected count is large enough for the test."""
+    from scipy.stats import chisquare
+
+    ideal = expected * counts.sum()
+    common = ideal >= 5
+    observed, ideal = (torch.cat([x[common], x[~common].sum()[None]]).double() for x in (counts, ideal))
+    keep = ideal > 0
+    assert keep.sum() > 10
+    return chisquare(observed[keep], ideal[keep] * (observed[keep].sum() / ideal[keep].sum())).pvalue
+
+
+@pytest.fixture(scope="module")
+def pair_of_eight():
+    model = random_llama(2, vocab_size=8)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.4)
+    return model, similar_model(model, noise=1.0)
+
+
+def drafted_by(assistant):
+    return lambda response: (reference.logits_after(assistant, [*SHORT, *response])[-1] / 0.9).softmax(-1).double()
+
+
+def looked_up(response):
+    """What followed the last tokens where they first occurred: certain, or nothing."""
+
+    def draft(tokens):
+        for n in (2, 1):
+            for start in range(len(tokens) - n):
+                if tokens[start : start + n] == tokens[-n:]:
+                    return tokens[start + n : start + n + 2]
+        return []
+
+    first, *rest = response
+    candidates = draft([*REPETITIVE, first])
+    if rest:
+        # The second candidate stands if the first was taken; a rejected one never comes back as the correction.
+        candidates = candidates[1:] if candidates[:1] == rest else []
+        candidates = candidates or draft([*REPETITIVE, first, *rest])
+    return torch.eye(8).double()[candidates[0]] if candidates else None
+
+
+SHORT, REPETITIVE = [1, 5, 2], [1, 5, 2, 7, 1, 4, 5, 1, 6, 3, 4, 2]
+
+
+def sampled(model, prompt, num_rows, calls, **options):
+    options |= {"do_sample": True, "temperature": 0.9, "top_k": 0, "max_new_tokens": 4, "num_assistant_tokens": 2}
+    torch.manual_seed(0)
+    counts = torch.zeros(512)
+    for _ in range(calls):
+        output = model.generate(torch.tensor([prompt] * num_rows), **options)
+        a, b, c = output[:, len(prompt) : len(prompt) + 3].T
+        counts += torch.bincount(a * 64 + b * 8 + c, minlength=512)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "calls", "threshold"),
+    [
+        (4000, 5, 0.0),
+        (4000, 5, 0.6),
+        pytest.param(1, 2000, 0.0, marks=pytest.mark.slow),
+        pytest.param(1, 2000, 0.6, marks=pytest.mark.slow),
+    ],
+)
+def test_sampling_has_the_exact_distribution(pair_of_eight, top_k, num_rows, calls, threshold):
+    """Three tokens from a vocabulary of 8, lossless and judged, rows of large batches and one by one."""
+    model, assistant = pair_of_eight
+    expected = exact_distribution(model, drafted_by(assistant), SHORT, threshold)
+    if threshold == 0.6:
+        lossless = exact_distribution(model, drafted_by(assistant), SHORT, 0.0)
+        assert (expected - lossless).abs().sum() > 0.1
+    options = {"assistant_model": assistant, "judge": top_k, "judge_threshold": threshold}
+    assert chi_square_p(sampled(model, SHORT, num_rows, calls, **options), expected) > 0.01
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.6])
+def test_sampling_with_prompt_lookup_has_the_exact_distribution(pair_of_eight, top_k, threshold):
+    model, _ = pair_of_eight
+    expected = exact_distribution(model, looked_up, REPETITIVE, threshold)
+    if threshold == 0.6:
+        assert (expected - exact_distribution(model, looked_up, REPETITIVE, 0.0)).abs().sum() > 0.1
+    options = {"prompt_lookup_num_tokens": 2, "judge": top_k, "judge_threshold": threshold}
+    assert chi_square_p(sampled(model, REPETITIVE, 1000, 20, **options), expected) > 0.01
+
+
+def test_plain_resampling_would_be_noticed(pair_of_eight, top_k, monkeypatch):
+    """A test of the test above: a correction drawn from p instead of the residual must fail it."""
+    real = autojudge_hf.generation.verify_sampled
+
+    def from_p(candidate_ids, target_logits, assistant_logits, is_harmless, lengths):
+        outcome = real(candidate_ids, target_logits, assistant_logits, is_harmless, lengths)
+        n = (outcome.matched | outcome.judged).sum(dim=1)
+        p = target_logits.softmax(dim=-1)[torch.arange(len(n)), n]
+        return outcome._replace(next_token=torch.multinomial(p, 1).squeeze(1))
+
+    monkeypatch.setattr(autojudge_hf.generation, "verify_sampled", from_p)
+    model, assistant = pair_of_eight
+    expected = exact_distribution(model, drafted_by(assistant), SHORT, 0.0)
+    options = {"assistant_model": assistant, "judge": top_k, "judge_threshold": 0.0}
+    assert chi_square_p(sampled(model, SHORT, 4000, 5, **options), expected) < 1e-6
