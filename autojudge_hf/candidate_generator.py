@@ -48,7 +48,7 @@ class JudgeCandidateGenerator(CandidateGenerator):
         self.do_sample = do_sample
         self.eos_token_ids = eos_token_ids
         self.output_states = output_states
-        self.target_vocab_size = vocab_size(target_model)
+        self.vocab_size, self.target_vocab_size = vocab_size(assistant_model), vocab_size(target_model)
         self.cache = rewindable_cache(assistant_model)
         #: The assistant's last hidden states of the last draft, from the last committed token to the last candidate:
         #: shape `(b, k + 1, h_a)`.
@@ -78,30 +78,31 @@ class JudgeCandidateGenerator(CandidateGenerator):
             processed logits that they were drawn from, shape `(b, k, v)`, `None` for a greedy draft.
         """
         self._length = input_ids.shape[1]
-        sequence, logits, states = input_ids, [], []
         limit = self.num_assistant_tokens if max_candidates is None else max_candidates
-        ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        eos = torch.tensor(sorted(self.eos_token_ids), dtype=torch.long, device=input_ids.device)
+        candidate_ids, logits, states = input_ids[:, :0], [], []
+        tokens = input_ids[:, self.cache.get_seq_length() :]
+        unfinished = set(range(len(input_ids)))
         for _ in range(min(self.num_assistant_tokens, limit)):
-            outputs = self._forward(sequence, attention_mask)
+            outputs = self._forward(tokens, attention_mask)
             next_logits = outputs.logits[:, -1:, : self.target_vocab_size].to(input_ids.device, torch.float32)
             next_logits = self._padded(next_logits)
             if process is not None:
-                next_logits = process(sequence[:, self._length :], next_logits)
+                next_logits = process(candidate_ids, next_logits)
             if self.do_sample:
-                next_token = torch.multinomial(next_logits[:, 0].softmax(dim=-1), num_samples=1)
+                tokens = torch.multinomial(next_logits[:, 0].softmax(dim=-1), num_samples=1)
                 logits.append(next_logits)
             else:
-                next_token = next_logits[:, 0].argmax(dim=-1, keepdim=True)
+                tokens = next_logits[:, 0].argmax(dim=-1, keepdim=True)
             if self.output_states:
                 states.append(outputs.hidden_states[-1][:, -1:])
-            sequence = torch.cat([sequence, next_token], dim=1)
-            ended |= torch.isin(next_token[:, 0], eos)
-            if ended.all():
+            candidate_ids = torch.cat([candidate_ids, tokens], dim=1)
+            unfinished -= {j for j, token in enumerate(tokens[:, 0].tolist()) if token in self.eos_token_ids}
+            if not unfinished:
                 break
         if states:
-            states.append(self._forward(sequence, attention_mask).hidden_states[-1][:, -1:])
+            states.append(self._forward(tokens, attention_mask).hidden_states[-1][:, -1:])
             self.states = torch.cat(states, dim=1)
+        sequence = torch.cat([input_ids, candidate_ids], dim=1)
         return sequence, torch.cat(logits, dim=1) if logits else None
 
     def rewind(self, num_committed: Sequence[int]) -> None:
@@ -120,11 +121,13 @@ class JudgeCandidateGenerator(CandidateGenerator):
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
         """Nothing to learn: the loop passes each cycle's draft length to `get_candidates`."""
 
-    def _forward(self, sequence: torch.LongTensor, mask: torch.Tensor | None):
+    def _forward(self, tokens: torch.LongTensor, mask: torch.Tensor | None):
         if mask is not None:
-            mask = torch.nn.functional.pad(mask, (0, sequence.shape[1] - mask.shape[1]), value=1)
-        # Where the target has more tokens than the assistant, any other token will do: only the draft gets worse.
-        tokens = sequence[:, self.cache.get_seq_length() :].clamp(max=vocab_size(self.assistant_model) - 1)
+            new = self.cache.get_seq_length() + tokens.shape[1] - mask.shape[1]
+            mask = torch.nn.functional.pad(mask, (0, new), value=1)
+        if self.vocab_size < self.target_vocab_size:
+            # The assistant lacks some of the target's tokens; any other will do: only the draft gets worse.
+            tokens = tokens.clamp(max=self.vocab_size - 1)
         return cached_forward(self.assistant_model, tokens, self.cache, mask, output_hidden_states=self.output_states)
 
     def _padded(self, logits: torch.Tensor) -> torch.Tensor:

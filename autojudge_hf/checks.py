@@ -152,6 +152,7 @@ def check_supported(
     mask = model_kwargs.get("attention_mask")
     is_padded_right = mask is not None and not mask[:, -1].all()
     known = {"past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+    known |= {"output_hidden_states", "output_attentions"}  # also in the config, which is what counts
     other = sorted(k for k, v in model_kwargs.items() if v is not None and k not in known)
     config = generation_config
     drafters = {

@@ -15,7 +15,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from .candidate_generator import JudgeCandidateGenerator, PromptLookup
 from .checks import check_supported, checked_draft_length, checked_judge, warn_once
 from .features import judge_inputs
-from .forward import cached_forward, first_layers, max_positions, rewind, shrink
+from .forward import as_normal_tensors, cached_forward, first_layers, max_positions, rewind, shrink
 from .rows import RowProcessors, Rows, StopRule
 from .verification import harmless, verify_greedy, verify_sampled
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
     from .modeling import Judge
+
+
+COUNTS = ("num_target_forwards", "num_candidates", "num_matches", "num_judge_accepted")
 
 
 @dataclass
@@ -49,8 +52,7 @@ class JudgeDecoderOnlyOutput(GenerateDecoderOnlyOutput):
 
     def summary(self) -> str:
         """One line for a reader: what the whole batch's drafts came to."""
-        names = ("num_target_forwards", "num_candidates", "num_matches", "num_judge_accepted")
-        cycles, candidates, matched, judged = (int(getattr(self, name).sum()) for name in names)
+        cycles, candidates, matched, judged = (int(getattr(self, name).sum()) for name in COUNTS)
         return (
             f"{(cycles + matched + judged) / max(1, cycles):.1f} tokens per cycle: {cycles} cycles, {candidates} "
             f"candidates, {matched} matched, {judged} accepted by the judge, {candidates - matched - judged} rejected"
@@ -126,7 +128,7 @@ def judge_decoding(
     limits = [max_positions(m) for m in (model, assistant_model) if m is not None]
     max_length = min((limit for limit in limits if limit), default=math.inf)
     kept = _Kept(generation_config, len(input_ids))
-    counts = torch.zeros(len(input_ids), 4, dtype=torch.long)
+    counts = [[0, 0, 0, 0] for _ in range(len(input_ids))]
 
     prefill = True
     while rows.active:
@@ -137,7 +139,7 @@ def judge_decoding(
             # A cycle commits one token more than it has candidates, and the newest one needs no position yet.
             room = [stop.room(rows, j) - 1 for j in range(len(rows.active))]
             longest_draft = min(draft_length.value, max(room), max(0, max_length - max(rows.lengths)))
-            process = functools.partial(processors, rows)
+            process = functools.partial(processors, rows) if processors.change_logits else None
             sequence, assistant_logits = drafter.get_candidates(sequence, rows.attention_mask, longest_draft, process)
         drafted = time.perf_counter()
         candidate_ids = sequence[:, rows.input_ids.shape[1] :]
@@ -165,12 +167,14 @@ def judge_decoding(
             is_harmless = harmless(judge(inputs), threshold)
             if not torch.isfinite(inputs.features).all():
                 warn_once("Hidden states with NaN or infinity: the judge rejects the candidates they belong to.")
+        num_candidates = torch.tensor(lengths, device=candidate_ids.device)
         if generation_config.do_sample:
-            verification = verify_sampled(candidate_ids, processed, assistant_logits, is_harmless, lengths)
+            verification = verify_sampled(candidate_ids, processed, assistant_logits, is_harmless, num_candidates)
         else:
-            verification = verify_greedy(candidate_ids, processed, is_harmless, lengths)
+            verification = verify_greedy(candidate_ids, processed, is_harmless, num_candidates)
 
         blocks, finished = [], []
+        matched, judged = verification.matched.tolist(), verification.judged.tolist()
         for j, block in enumerate(verification.committed(candidate_ids)):
             num_kept, done = stop(rows, j, block)
             blocks.append(block[:num_kept])
@@ -178,17 +182,16 @@ def judge_decoding(
             row = rows.active[j]
             kept.add(row, num_kept, processed[j], logits[j], outputs.hidden_states, j)
             if not prefill:
-                matched, judged = (mask[j, :num_kept].sum() for mask in (verification.matched, verification.judged))
-                counts[row] += torch.tensor([1, lengths[j], matched, judged])
+                cycle = (1, lengths[j], sum(matched[j][:num_kept]), sum(judged[j][:num_kept]))
+                counts[row] = [total + n for total, n in zip(counts[row], cycle)]
         if streamer is not None:
             streamer.put(torch.tensor(blocks))
         # The newest token's keys and values aren't in the cache yet; those of rejected candidates are.
         rewind(cache, [k + 1 - len(block) for block in blocks])
         drafter.rewind([len(block) for block in blocks])
         columns = rows.input_ids.shape[1] + max(map(len, blocks))
-        draft_length.update(
-            lengths.tolist(), [len(b) - 1 for b in blocks], drafted - started, time.perf_counter() - drafted
-        )
+        accepted = [sum(matched[j]) + sum(judged[j]) for j in range(len(blocks))]
+        draft_length.update(lengths, accepted, drafted - started, time.perf_counter() - drafted)
         rows.commit(blocks, finished)
         if rows.active and len(input_ids) > 1:
             unfinished = [j for j, done in enumerate(finished) if not done]
@@ -199,31 +202,26 @@ def judge_decoding(
 
     if streamer is not None:
         streamer.end()
+    if len(input_ids) == 1:
+        as_normal_tensors(cache)
     pad_token_id = getattr(generation_config, "_pad_token_tensor", None)
     sequences = rows.sequences(0 if pad_token_id is None else int(pad_token_id))
     if not generation_config.return_dict_in_generate:
         return sequences
-    forwards, candidates, matches, judged = counts.T
-    return JudgeDecoderOnlyOutput(
-        sequences=sequences,
-        **kept.output(),
-        past_key_values=cache if len(input_ids) == 1 else None,
-        num_target_forwards=forwards,
-        num_candidates=candidates,
-        num_matches=matches,
-        num_judge_accepted=judged,
-    )
+    totals = dict(zip(COUNTS, torch.tensor(counts).T))
+    past_key_values = cache if len(input_ids) == 1 else None
+    return JudgeDecoderOnlyOutput(sequences, **kept.output(), past_key_values=past_key_values, **totals)
 
 
 def _draft_lengths(
     candidate_ids: torch.LongTensor, room: list[int], eos_token_ids: set[int], drafted: list[int] | None
-) -> torch.LongTensor:
+) -> list[int]:
     """How many of each row's candidates count: up to its room, its first EOS token, and what was drafted for it."""
     lengths = []
     for j, (candidates, limit) in enumerate(zip(candidate_ids.tolist(), room)):
         ends = (i for i, token in enumerate(candidates, start=1) if token in eos_token_ids)
         lengths.append(min(next(ends, len(candidates)), limit, drafted[j] if drafted else limit))
-    return torch.tensor(lengths, dtype=torch.long, device=candidate_ids.device)
+    return lengths
 
 
 class _Kept:

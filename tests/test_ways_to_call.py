@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rest of what people do with `generate`: pipelines, outputs, threads, dtypes, offloading, odd pairs."""
+
+import copy
+import logging
+import threading
+
+import pytest
+import reference
+import torch
+from conftest import PROMPT, left_padded, random_llama, similar_model
+from transformers import GenerationConfig, pipeline
+
+import autojudge_hf.checks
+import autojudge_hf.generation
+from autojudge_hf import AutoJudge, JudgeConfig
+from autojudge_hf.tasks import GSM8K
+
+
+LOSSLESS = {"do_sample": False, "judge_threshold": 0.0}
+
+
+def warnings_of(caplog, decode):
+    autojudge_hf.checks.warn_once.cache_clear()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="autojudge_hf.checks"):
+        output = decode()
+    return output, caplog.messages
+
+
+# Outputs
+
+
+def test_hidden_states_as_plain_generate_gives_them(random_pair, top_k):
+    """Per token and layer, the prompt's with the first token."""
+    model, assistant = random_pair
+    options = {"max_new_tokens": 12, "return_dict_in_generate": True, "output_hidden_states": True}
+    expected = model.generate(PROMPT, do_sample=False, **options).hidden_states
+    for k in (1, 5):
+        output = model.generate(
+            PROMPT, assistant_model=assistant, judge=top_k, num_assistant_tokens=k, **LOSSLESS, **options
+        )
+        assert len(output.hidden_states) == len(expected) == 12
+        for token, expected_token in zip(output.hidden_states, expected):
+            assert len(token) == len(expected_token) == 3
+            for layer, expected_layer in zip(token, expected_token):
+                torch.testing.assert_close(layer, expected_layer, rtol=1e-4, atol=1e-4)
+
+
+def test_hidden_states_of_a_ragged_batch(random_pair, top_k):
+    model, assistant = random_pair
+    prompts = [[3, 14, 15, 9, 2, 6, 5], [7, 7, 3], [12, 4, 4, 4, 8]]
+    options = {"max_new_tokens": 12, "return_dict_in_generate": True, "output_hidden_states": True}
+    options |= {"assistant_model": assistant, "judge": top_k, **LOSSLESS}
+    batch = model.generate(**left_padded(prompts), **options).hidden_states
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(torch.tensor([prompt]), **options).hidden_states
+        for token, expected in list(zip(batch, alone))[1:]:
+            torch.testing.assert_close(token[-1][row], expected[-1][0], rtol=1e-4, atol=1e-4)
+
+
+def test_summary_is_a_line_with_the_counts(random_pair, top_k):
+    model, assistant = random_pair
+    output = model.generate(
+        PROMPT,
+        assistant_model=assistant,
+        judge=top_k,
+        max_new_tokens=20,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    line = output.summary()
+    for name in ("num_target_forwards", "num_candidates", "num_matches", "num_judge_accepted"):
+        assert str(getattr(output, name).item()) in line
+    assert "\n" not in line
+
+
+# Callers
+
+
+def test_generation_config_object(random_pair, top_k):
+    model, assistant = random_pair
+    config = GenerationConfig(max_new_tokens=25, do_sample=False, repetition_penalty=1.3)
+    expected = model.generate(PROMPT, generation_config=config)
+    got = model.generate(PROMPT, generation_config=config, assistant_model=assistant, judge=top_k, judge_threshold=0.0)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.slow
+def test_pipeline_with_a_chat_and_with_batches(target, draft, tokenizer, test_problems, top_k):
+    generator = pipeline("text-generation", model=target, tokenizer=tokenizer)
+    chats = [[{"role": "user", "content": GSM8K().instruction(problem)}] for problem in test_problems[:3]]
+    options = {"do_sample": False, "max_new_tokens": 200}
+    expected = generator(chats, batch_size=3, **options)
+    got = generator(chats, batch_size=3, assistant_model=draft, judge=top_k, judge_threshold=0.0, **options)
+    assert got == expected
+    assert got[0][0]["generated_text"][-1]["role"] == "assistant"
+
+
+def test_two_threads_on_one_model(random_pair, linear_judge):
+    """No state is shared between calls: each thread gets what it gets alone."""
+    model, assistant = random_pair
+    prompts = [torch.tensor([[3, 14, 15, 9]]), torch.tensor([[7, 1, 8, 2, 8]])]
+    options = {"do_sample": False, "max_new_tokens": 80, "assistant_model": assistant, "judge": linear_judge}
+    alone = [model.generate(prompt, **options) for prompt in prompts]
+    together = [[], []]
+
+    def decode(i):
+        for _ in range(3):
+            together[i].append(model.generate(prompts[i], **options))
+
+    threads = [threading.Thread(target=decode, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for expected, results in zip(alone, together):
+        assert len(results) == 3 and all(torch.equal(result, expected) for result in results)
+
+
+# Devices and dtypes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(random_pair, linear_judge, dtype):
+    """The judge computes in fp32 on half-precision states; at threshold 1 every candidate stays."""
+    model = copy.deepcopy(random_pair[0])
+    assistant = similar_model(model, noise=0.2).to(dtype)
+    model.to(dtype)
+    options = {"do_sample": False, "max_new_tokens": 30, "assistant_model": assistant, "judge": linear_judge}
+    output = model.generate(PROMPT, judge_threshold=1.0, return_dict_in_generate=True, **options)
+    assert torch.equal(output.num_matches + output.num_judge_accepted, output.num_candidates)
+    output = model.generate(PROMPT, judge_threshold=0.5, return_dict_in_generate=True, **options)
+    assert output.num_judge_accepted > 0
+    assert model.generate(PROMPT, judge_threshold=0.0, **options).shape == (1, 37)
+
+
+def test_offloaded_target(random_pair, linear_judge, tmp_path):
+    """`device_map`: weights that live elsewhere and only come in for the forward."""
+    from accelerate import dispatch_model
+
+    model, assistant = random_pair
+    options = {"do_sample": False, "max_new_tokens": 30, "assistant_model": assistant, "judge": linear_judge}
+    expected = model.generate(PROMPT, **options)
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
+    offloaded = dispatch_model(copy.deepcopy(model), places, main_device="cpu", offload_dir=str(tmp_path))
+    assert next(offloaded.lm_head.parameters()).device.type == "meta"
+    assert torch.equal(offloaded.generate(PROMPT, **options), expected)
+
+
+# Pairs that don't fit
+
+
+def test_other_vocabularies_are_refused(random_pair, top_k):
+    model, _ = random_pair
+    with pytest.raises(ValueError, match=r"different vocabularies: 32 tokens.*1100"):
+        model.generate(PROMPT, assistant_model=random_llama(1, 1100), judge=top_k, max_new_tokens=5)
+
+
+def test_another_tokenizer_is_refused(target, draft, tokenizer, top_k):
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["<|other|>"])
+    inputs = tokenizer("one two", return_tensors="pt", add_special_tokens=False)
+    options = {"assistant_model": draft, "judge": top_k, "max_new_tokens": 4, "tokenizer": tokenizer}
+    with pytest.raises(ValueError, match="different tokenizers.*1025 tokens beside 1024"):
+        target.generate(**inputs, assistant_tokenizer=other, **options)
+    same = copy.deepcopy(tokenizer)
+    assert target.generate(**inputs, assistant_tokenizer=same, **options).shape[1] == inputs["input_ids"].shape[1] + 4
+
+
+def test_a_judge_of_another_pair_warns_with_both_names(random_pair, caplog):
+    model, assistant = (copy.deepcopy(m) for m in random_pair)
+    model.config._name_or_path, assistant.config._name_or_path = "org/big", "org/small"
+    options = {"do_sample": False, "max_new_tokens": 8, "assistant_model": assistant}
+    for names, expected in (
+        (("org/other", "org/small"), ["target org/big (mined with org/other)"]),
+        (("org/big", "org/tiny"), ["assistant org/small (mined with org/tiny)"]),
+        (("big", "elsewhere/small"), []),
+        ((None, None), []),
+    ):
+        config = JudgeConfig(hidden_size=32, base_model_name_or_path=names[0], assistant_model_name_or_path=names[1])
+        judge = AutoJudge.from_config(config)
+        judge.load_state_dict({"weight": torch.ones(32), "bias": torch.zeros(1)})
+        _, messages = warnings_of(caplog, lambda judge=judge: model.generate(PROMPT, judge=judge, **options))
+        assert len(messages) == len(expected)
+        assert all(part in message for part, message in zip(expected, messages))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_states_that_arent_finite_are_rejected_and_counted(random_pair, linear_judge, caplog, monkeypatch, value):
+    model, assistant = random_pair
+    real = autojudge_hf.generation.judge_inputs
+
+    def spoiled(*args):
+        inputs = real(*args)
+        inputs.features[..., 3] = value
+        return inputs
+
+    options = {"do_sample": False, "max_new_tokens": 40, "judge": linear_judge, "return_dict_in_generate": True}
+    options |= {"assistant_model": assistant, "num_assistant_tokens": 4, "judge_threshold": 0.999}
+    assert model.generate(PROMPT, **options).num_judge_accepted > 0
+    monkeypatch.setattr(autojudge_hf.generation, "judge_inputs", spoiled)
+    output, _ = warnings_of(caplog, lambda: model.generate(PROMPT, **options))
+    model.generate(PROMPT, **options)
+    messages = caplog.messages
+    assert torch.equal(output.sequences, model.generate(PROMPT, do_sample=False, max_new_tokens=40))
+    assert output.num_judge_accepted == 0 and output.num_candidates > output.num_matches
+    assert len(messages) == 1 and "NaN or infinity" in messages[0]
+
+
+def test_reference_of_this_file_varies(random_pair):
+    """A random model that repeats one token would hide a wrong cache."""
+    model, _ = random_pair
+    assert len(set(reference.greedy(model, PROMPT[0].tolist(), 40, ())[7:])) > 3
