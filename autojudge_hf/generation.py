@@ -22,6 +22,7 @@ from .verification import harmless, verify_greedy, verify_sampled
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+    from transformers.generation import CandidateGenerator
     from transformers.generation.streamers import BaseStreamer
 
     from .modeling import Judge
@@ -71,6 +72,7 @@ def judge_decoding(
     judge_threshold: float | None = None,
     num_assistant_tokens: int | str | None = None,
     streamer: BaseStreamer | None = None,
+    candidate_generator: CandidateGenerator | None = None,
     **model_kwargs: Any,
 ) -> JudgeDecoderOnlyOutput | torch.LongTensor:
     """Assisted decoding that keeps harmless mismatches; lossless with `judge=None`.
@@ -91,6 +93,8 @@ def judge_decoding(
         num_assistant_tokens (`int` or `"adaptive"`, *optional*): candidates per cycle; default: the assistant's
             generation config, or `prompt_lookup_num_tokens`. [`AdaptiveDraftLength`] says what `"adaptive"` does.
         streamer (`BaseStreamer`, *optional*): gets each cycle's tokens; for a single prompt.
+        candidate_generator (`CandidateGenerator`, *optional*): drafts in the assistant's place, as
+            [`JudgeCandidateGenerator`] would.
         model_kwargs: what `generate` prepared for the forward: cache, attention mask.
 
     Returns:
@@ -114,9 +118,10 @@ def judge_decoding(
     rows = Rows(input_ids, model_kwargs.get("attention_mask"))
     stop = StopRule(stopping_criteria)
     processors = RowProcessors(logits_processor, len(input_ids))
-    if assistant_model is None:
+    drafter = candidate_generator
+    if drafter is None and assistant_model is None:
         drafter = PromptLookup(model, generation_config, processors.processors)
-    else:
+    elif drafter is None:
         drafter = JudgeCandidateGenerator(
             assistant_model,
             model,

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Generator, Iterable, Mapping
@@ -22,10 +21,13 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from .candidate_generator import FormerResponse, JudgeCandidateGenerator
+from .checks import checked_draft_length
 from .configuration import GREEDY_SETTINGS, STATE_POSITIONS, public_name
 from .features import judge_inputs
 from .forward import cached_forward, eos_token_ids, hidden_size, max_positions, rewindable_cache, vocab_size
 from .generation import judge_decoding
+from .mined_examples import MinedExamples, to_dataset
 
 
 if TYPE_CHECKING:
@@ -36,7 +38,9 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-SETTINGS_NAME = "settings.json"
+
+# Candidates that repeat the former response cost nothing to draft.
+LONGEST_REPETITION = 48
 
 
 def mine_mismatches(
@@ -98,7 +102,7 @@ def mine_mismatches(
     )
     prompts = [searcher.prompt_ids(i, example) for i, example in enumerate(examples)]
     pair = searcher.pair()
-    store = _Store(output_dir, pair, prompts, searcher.identity())
+    store = MinedExamples(output_dir, pair, prompts, searcher.identity())
     # Rows of the finished examples; `None` where the target's response has no answer.
     rows: dict[int, list[dict[str, Any]] | None] = store.load()
     waiting = [i for i in range(len(examples)) if i not in rows]
@@ -129,7 +133,7 @@ def mine_mismatches(
         logger.warning(
             f"{counts['skipped']} of {len(examples)} examples were skipped: the target's response has no answer."
         )
-    return _to_dataset([row for i in sorted(rows) for row in rows[i] or []], pair)
+    return to_dataset([row for i in sorted(rows) for row in rows[i] or []], pair)
 
 
 def _counts(rows: list[dict[str, Any]] | None) -> Counter:
@@ -156,7 +160,7 @@ class _Searcher:
         self.tokenizer, self.task = tokenizer, task
         self.max_new_tokens = max_new_tokens
         self.state_position, self.assistant_states = state_position, assistant_states
-        self.num_assistant_tokens = num_assistant_tokens
+        self.draft_length = checked_draft_length(num_assistant_tokens, assistant_model, None).longest
         self.eos_token_ids = eos_token_ids(model)
 
     def pair(self) -> dict[str, Any]:
@@ -201,7 +205,7 @@ class _Searcher:
     def search(self, example_id: int, prompt: list[int]) -> Generator[str, Any, list[dict[str, Any]] | None]:
         """Algorithm 1. Yields responses as text, is sent their answers; returns the rows, `None` if skipped."""
         target, assistant = _Prefix(self.model), _Prefix(self.assistant_model)
-        sequence = self._continue(prompt, len(prompt), target)
+        sequence = self._continue(prompt, len(prompt), target, assistant, former=[])
         reference = yield self._text(sequence, prompt)
         if reference is None:
             return None
@@ -209,7 +213,7 @@ class _Searcher:
         position = len(prompt)
         while (found := assistant.first_difference(sequence, position, vocab_size(self.model))) is not None:
             position, candidate = found
-            trial, features = self._try(sequence[:position], candidate, len(prompt), target, assistant)
+            trial, features = self._try(sequence, position, candidate, len(prompt), target, assistant)
             answer = yield self._text(trial, prompt)
             important = not self.task.equivalent(answer, reference)
             rows.append(
@@ -235,10 +239,16 @@ class _Searcher:
         return self.tokenizer.decode(sequence[len(prompt) :], skip_special_tokens=True)
 
     def _try(
-        self, prefix: list[int], candidate: int, prompt_length: int, target: _Prefix, assistant: _Prefix
+        self,
+        former: list[int],
+        position: int,
+        candidate: int,
+        prompt_length: int,
+        target: _Prefix,
+        assistant: _Prefix,
     ) -> tuple[list[int], np.ndarray]:
-        """The response with `candidate` after `prefix`, and what a judge sees of that candidate."""
-        sequence = [*prefix, candidate]
+        """The response with `candidate` at `position` of the former one, and what a judge sees of that candidate."""
+        sequence = [*former[:position], candidate]
         # One pass over the last committed token and the candidate, as in a verification cycle.
         outputs = target.run(sequence, num_last=2, output_hidden_states=True)
         states = None
@@ -251,18 +261,33 @@ class _Searcher:
             states,
             self.state_position,
         )
-        return self._continue(sequence, prompt_length, target), inputs.features[0, 0].cpu().numpy()
+        response = self._continue(sequence, prompt_length, target, assistant, former)
+        return response, inputs.features[0, 0].cpu().numpy()
 
-    def _continue(self, sequence: list[int], prompt_length: int, target: _Prefix) -> list[int]:
-        """The target's greedy continuation, written by the lossless loop on the cached prefix."""
+    def _continue(
+        self, sequence: list[int], prompt_length: int, target: _Prefix, assistant: _Prefix, former: list[int]
+    ) -> list[int]:
+        """The target's greedy continuation, written by the lossless loop on the cached prefix.
+
+        Candidates are what the former response says, where the new one joins it again, or else the assistant's.
+        """
         max_length = prompt_length + self.max_new_tokens
         if len(sequence) == max_length or (len(sequence) > prompt_length and sequence[-1] in self.eos_token_ids):
             return sequence
         target.rewind(sequence, num_last=1)
+        assistant.rewind(sequence, num_last=1)
         # Called past `generate`, whose configs could bring processors along: this is plain greedy decoding.
         criteria = StoppingCriteriaList([MaxLengthCriteria(max_length=max_length)])
         if self.eos_token_ids:
             criteria.append(EosTokenCriteria(eos_token_id=sorted(self.eos_token_ids)))
+        drafter = JudgeCandidateGenerator(
+            self.assistant_model,
+            self.model,
+            self.draft_length,
+            do_sample=False,
+            eos_token_ids=self.eos_token_ids,
+            cache=assistant.cache,
+        )
         output = judge_decoding(
             self.model,
             torch.tensor([sequence], device=self.model.device),
@@ -270,11 +295,14 @@ class _Searcher:
             criteria,
             GenerationConfig(do_sample=False),
             assistant_model=self.assistant_model,
-            num_assistant_tokens=self.num_assistant_tokens,
+            candidate_generator=FormerResponse(former, drafter),
+            num_assistant_tokens=max(self.draft_length, LONGEST_REPETITION),
             past_key_values=target.cache,
         )
-        target.tokens = output[0].tolist()[:-1]
-        return output[0].tolist()
+        response = output[0].tolist()
+        target.tokens = response[:-1]
+        assistant.tokens = response[: assistant.cache.get_seq_length()]
+        return response
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
@@ -328,86 +356,3 @@ class _Prefix:
             if choice != sequence[position]:
                 return position, choice
         return None
-
-
-class _Store:
-    """Finished examples on disk, one Parquet file each, written whole or not at all."""
-
-    def __init__(
-        self, output_dir: str | Path | None, pair: dict[str, Any], prompts: list[list[int]], identity: dict[str, Any]
-    ):
-        self.folder = None if output_dir is None else Path(output_dir)
-        self.pair = pair
-        self.prompts = prompts
-        if self.folder is None:
-            return
-        settings = json.dumps({**pair, **identity}, indent=2, sort_keys=True)
-        path = self.folder / SETTINGS_NAME
-        if path.is_file():
-            if path.read_text(encoding="utf-8") != settings:
-                raise ValueError(
-                    f"{self.folder} holds mismatches that were mined under other settings (see its {SETTINGS_NAME}). "
-                    f"Expected {settings}. Mine into another folder."
-                )
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise ValueError(f"`output_dir` {self.folder} exists and wasn't written by mining. Give another folder.")
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(settings, encoding="utf-8")
-
-    def save(self, example_id: int, rows: list[dict[str, Any]] | None) -> None:
-        if self.folder is None:
-            return
-        import pyarrow.parquet
-
-        about = {"prompt": self._prompt_hash(example_id), "skipped": str(rows is None)}
-        table = _to_dataset(rows or [], self.pair).with_format("arrow")[:].replace_schema_metadata(about)
-        part = self.folder / f"example-{example_id:06d}.part"
-        pyarrow.parquet.write_table(table, part)
-        part.rename(part.with_suffix(".parquet"))
-
-    def load(self) -> dict[int, list[dict[str, Any]] | None]:
-        """The finished examples among those that the prompts belong to."""
-        import pyarrow.parquet
-
-        finished: dict[int, list[dict[str, Any]] | None] = {}
-        for path in sorted(self.folder.glob("example-*.parquet")) if self.folder else []:
-            example_id = int(path.stem.split("-")[1])
-            if example_id >= len(self.prompts):
-                continue
-            table = pyarrow.parquet.read_table(path)
-            about = table.schema.metadata
-            if about[b"prompt"].decode() != self._prompt_hash(example_id):
-                raise ValueError(
-                    f"{path.name} in {self.folder} was mined from another example {example_id}. Mine another dataset "
-                    "into another folder."
-                )
-            finished[example_id] = None if about[b"skipped"] == b"True" else table.to_pylist()
-        return finished
-
-    def _prompt_hash(self, example_id: int) -> str:
-        return hashlib.sha256(str(self.prompts[example_id]).encode()).hexdigest()
-
-
-def _to_dataset(rows: list[dict[str, Any]], pair: dict[str, Any]) -> datasets.Dataset:
-    import datasets
-
-    integer, text = datasets.Value("int64"), datasets.Value("string")
-    features = datasets.Features(
-        {
-            "example_id": integer,
-            "input_ids": datasets.List(integer),
-            "prompt_length": integer,
-            "position": integer,
-            "candidate_token_id": integer,
-            "target_token_id": integer,
-            "candidate_token": text,
-            "target_token": text,
-            "label": integer,
-            "features": datasets.List(datasets.Value("float32")),
-            "pair": text,
-        }
-    )
-    constant = json.dumps(pair, sort_keys=True)
-    columns = {name: [row[name] for row in rows] for name in features if name != "pair"}
-    return datasets.Dataset.from_dict({**columns, "pair": [constant] * len(rows)}, features=features)

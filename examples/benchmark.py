@@ -28,7 +28,7 @@ MAX_NEW_TOKENS = 320
 
 
 @contextlib.contextmanager
-def settings(model, **values):
+def assistant_settings(model, **values):
     """Stock assisted generation reads its settings from the assistant's generation config."""
     config = model.generation_config
     before = {name: getattr(config, name) for name in values}
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--judge", default="runs/quickstart/judge", help="folder of a judge for the embedded pair")
     parser.add_argument("--num_problems", type=int, default=16, help="held-out problems, a multiple of 8")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--draft_lengths", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--draft_lengths", type=int, nargs="+", default=[4, 8, 16], help="and adaptive, ours only")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 8])
     args = parser.parse_args()
     torch.set_num_threads(2)
@@ -67,8 +67,12 @@ def main() -> None:
     for k in args.draft_lengths:
         fixed = {"num_assistant_tokens": k, "assistant_confidence_threshold": 0.0}
         ways.append((f"stock, {k}", 1, fixed, {"assistant_model": draft}))
+        confident = {**fixed, "assistant_confidence_threshold": 0.4}
+        ways.append((f"stock, {k}, stops when unsure", 1, confident, {"assistant_model": draft}))
+        heuristic = {**fixed, "num_assistant_tokens_schedule": "heuristic"}
+        ways.append((f"stock, {k}, its schedule", 1, heuristic, {"assistant_model": draft}))
     ours = {"assistant_model": draft, "return_dict_in_generate": True}
-    for k in args.draft_lengths:
+    for k in [*args.draft_lengths, "adaptive"]:
         lossless = functools.partial(judge_decoding, assistant_model=draft, num_assistant_tokens=k)
         judged = {**ours, "judge": judge, "num_assistant_tokens": k}
         for b in args.batch_sizes:
@@ -79,8 +83,8 @@ def main() -> None:
 
     rows: list[list[dict]] = [[] for _ in ways]
     for number in range(args.rounds):
-        for row, (name, batch_size, assistant_settings, arguments) in zip(rows, ways):
-            with settings(draft, **assistant_settings):
+        for row, (name, batch_size, settings, arguments) in zip(rows, ways):
+            with assistant_settings(draft, **settings):
                 description = f"round {number + 1}: {name}, batch {batch_size}"
                 row.append(measure(description, batch_size=batch_size, **arguments))
 

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from benchmark import assistant_settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autojudge_hf import (
@@ -112,12 +113,9 @@ def main() -> None:
     measure = functools.partial(measure_decoding, model, tokenizer, problems, task, max_new_tokens=MAX_NEW_TOKENS)
     table = [("target alone", measure("target alone", do_sample=False))]
     table.append(("assisted generation, its defaults", measure("stock, defaults", **assisted)))
-    # Stock generation takes the draft length from the assistant; 0 turns its early stop off.
-    defaults = draft.generation_config.num_assistant_tokens, draft.generation_config.assistant_confidence_threshold
-    draft.generation_config.num_assistant_tokens = args.num_assistant_tokens
-    draft.generation_config.assistant_confidence_threshold = 0.0
-    table.append(("assisted generation, same draft length", measure("stock, same length", **assisted)))
-    draft.generation_config.num_assistant_tokens, draft.generation_config.assistant_confidence_threshold = defaults
+    # A confidence threshold of 0 turns off the early stop of stock drafts.
+    with assistant_settings(draft, num_assistant_tokens=args.num_assistant_tokens, assistant_confidence_threshold=0.0):
+        table.append(("assisted generation, same draft length", measure("stock, same length", **assisted)))
     table.append(("ours, lossless", measure("lossless", custom_generate=lossless, **ours)))
     judged = {"judge": judge, "num_assistant_tokens": args.num_assistant_tokens}
     table.append(("ours, judged", measure("judged", **judged, **ours)))

@@ -302,24 +302,26 @@ def test_judged_equals_the_literal_loop(random_pair, linear_judge, threshold):
 def test_judged_equals_the_literal_loop_on_the_embedded_pair(
     target, draft, tokenizer, test_problems, judge, threshold
 ):
-    eos = (tokenizer.eos_token_id,)
-    for problem in test_problems[:3]:
-        inputs = encode(tokenizer, problem)
-        expected, matched, accepted = reference.judged(
-            target, draft, inputs["input_ids"][0].tolist(), 200, eos, 16, judge.weight, judge.bias, threshold
-        )
-        output = target.generate(
-            **inputs,
-            do_sample=False,
-            max_new_tokens=200,
-            assistant_model=draft,
-            judge=judge,
-            judge_threshold=threshold,
-            num_assistant_tokens=16,
-            return_dict_in_generate=True,
-        )
-        assert output.sequences[0].tolist() == expected
-        assert (output.num_matches.item(), output.num_judge_accepted.item()) == (matched, accepted)
+    """At batch 1 and 4, tokens and counts."""
+    problems, eos = test_problems[:4], (tokenizer.eos_token_id,)
+    prompts = [encode(tokenizer, problem)["input_ids"][0].tolist() for problem in problems]
+    expected = [
+        reference.judged(target, draft, prompt, 200, eos, 16, judge.weight, judge.bias, threshold)
+        for prompt in prompts
+    ]
+    options = {"do_sample": False, "max_new_tokens": 200, "assistant_model": draft, "num_assistant_tokens": 16}
+    options |= {"judge": judge, "judge_threshold": threshold, "return_dict_in_generate": True}
+    for batch_size in (1, 4):
+        for start in range(0, 4, batch_size):
+            inputs = left_padded(prompts[start : start + batch_size])
+            output = target.generate(**inputs, **options)
+            width = inputs["input_ids"].shape[1]
+            for row, (prompt, (tokens, matched, accepted)) in enumerate(
+                zip(prompts[start:], expected[start : start + batch_size])
+            ):
+                response = tokens[len(prompt) :]
+                assert output.sequences[row, width : width + len(response)].tolist() == response
+                assert (output.num_matches[row], output.num_judge_accepted[row]) == (matched, accepted)
 
 
 def test_threshold_one_accepts_every_candidate(random_pair, linear_judge):

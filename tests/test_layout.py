@@ -28,6 +28,7 @@ ORDER = [
     "generation",
     "adapter",
     "tasks",
+    "mined_examples",
     "mining",
     "evaluation",
     "training_args",
