@@ -10,6 +10,8 @@ from typing import Any
 
 
 STATE_POSITIONS = ("candidate", "previous")
+# What verification knows of a candidate besides the states: see `features.logit_features`.
+LOGIT_FEATURES = ("log_probability", "gap_to_best", "log_rank", "entropy")
 DEFAULT_THRESHOLDS = {"linear": 0.5, "top_k": 0.6}
 
 # How a response was decoded, as far as it changes which candidates are mismatches, with the values of plain greedy
@@ -64,6 +66,10 @@ class JudgeConfig:
         state_position (`str`, *optional*, defaults to `"candidate"`):
             `"candidate"`: the state that encodes the candidate; `"previous"`: the state that predicted it
             (AutoJudge, arXiv 2504.20039, ablation of the token's position).
+        logit_features (`bool`, *optional*, defaults to `False`):
+            Whether the judge also reads, from the target's logits at the candidate's position, the candidate's
+            log-probability (nats), its distance to the best token's, the logarithm of its rank, and the entropy
+            (nats). Costs one softmax over the candidates' positions per cycle.
         threshold (`float`, *optional*):
             A mismatch is accepted when its importance score, in [0, 1], is below. Defaults to 0.5 (linear) or 0.6
             (top_k: the target's two best tokens).
@@ -84,6 +90,7 @@ class JudgeConfig:
     hidden_size: int | None = None
     assistant_hidden_size: int | None = None
     state_position: str = "candidate"
+    logit_features: bool = False
     threshold: float | None = None
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
@@ -101,6 +108,8 @@ class JudgeConfig:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"`{name}` must be a string, got {type(value).__name__}.")
+        if not isinstance(self.logit_features, bool):
+            raise ValueError(f"`logit_features` must be True or False, got {self.logit_features!r}.")
         if self.state_position not in STATE_POSITIONS:
             raise ValueError(f"`state_position` must be one of {list(STATE_POSITIONS)}, got {self.state_position!r}.")
         if self.threshold is None:
@@ -114,8 +123,9 @@ class JudgeConfig:
 
     @property
     def num_features(self) -> int:
-        """Floats a mismatch is judged by: the assistant's state, then the target's."""
-        return (self.assistant_hidden_size or 0) + (self.hidden_size or 0)
+        """Floats a mismatch is judged by: the assistant's state, the target's, what the logits say."""
+        num_logit_features = len(LOGIT_FEATURES) if self.logit_features else 0
+        return (self.assistant_hidden_size or 0) + (self.hidden_size or 0) + num_logit_features
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

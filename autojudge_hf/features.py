@@ -16,7 +16,7 @@ class JudgeInputs(NamedTuple):
         target_logits (`torch.FloatTensor` of shape `(b, k, v)`): the target's processed logits for each candidate's
             position.
         features (`torch.FloatTensor` of shape `(b, k, f)`): hidden states in fp32, the assistant's first, then the
-            target's; `f` is `JudgeConfig.num_features`, and 0 for a judge that reads none.
+            target's, then the logit features; `f` is `JudgeConfig.num_features`, and 0 for a judge that reads none.
     """
 
     candidate_ids: torch.Tensor
@@ -30,6 +30,7 @@ def judge_inputs(
     target_states: torch.Tensor | None,
     assistant_states: torch.Tensor | None,
     state_position: str,
+    with_logit_features: bool = False,
 ) -> JudgeInputs:
     """Selects and joins what belongs to each candidate.
 
@@ -42,10 +43,31 @@ def judge_inputs(
         assistant_states (`torch.FloatTensor` of shape `(b, k + 1, h_a)`, *optional*): the assistant's.
         state_position (`str`): `"candidate"` takes the states that encode the candidates (the last k positions),
             `"previous"` those that predicted them (the first k).
+        with_logit_features (`bool`, *optional*, defaults to `False`): whether `logit_features` follow the states.
     """
     k = candidate_ids.shape[1]
     at = slice(1, k + 1) if state_position == "candidate" else slice(0, k)
     device = candidate_ids.device
     states = [s[:, at].to(device, torch.float32) for s in (assistant_states, target_states) if s is not None]
+    if with_logit_features:
+        states.append(logit_features(candidate_ids, target_logits[:, :k]))
     empty = torch.empty(*candidate_ids.shape, 0, device=device)
     return JudgeInputs(candidate_ids, target_logits[:, :k], torch.cat([empty, *states], dim=-1))
+
+
+def logit_features(candidate_ids: torch.LongTensor, target_logits: torch.Tensor) -> torch.Tensor:
+    """What the target's own distribution says of the candidates, shape `(b, k, 4)`.
+
+    In the order of `LOGIT_FEATURES`: log-probability of the candidate (nats), how far it is below the best token's,
+    logarithm of its rank (the best token's is 0), entropy (nats). A candidate that logits processors forbid gets
+    values that aren't finite, so that no judge accepts it.
+
+    Args:
+        candidate_ids (`torch.LongTensor` of shape `(b, k)`).
+        target_logits (`torch.FloatTensor` of shape `(b, k, v)`).
+    """
+    log_p = target_logits.log_softmax(dim=-1)
+    candidate = log_p.gather(2, candidate_ids[..., None]).squeeze(2)
+    rank = 1 + (log_p > candidate[..., None]).sum(dim=-1)
+    entropy = torch.special.entr(log_p.exp()).sum(dim=-1)
+    return torch.stack([candidate, log_p.amax(dim=-1) - candidate, rank.log(), entropy], dim=-1)

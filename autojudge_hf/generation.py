@@ -168,7 +168,14 @@ def judge_decoding(
         is_harmless = None
         if judges and k > 0:
             target_states = outputs.hidden_states[-1][:, -k - 1 :] if reads_target else None
-            inputs = judge_inputs(candidate_ids, processed, target_states, drafter.states, judge.config.state_position)
+            inputs = judge_inputs(
+                candidate_ids,
+                processed,
+                target_states,
+                drafter.states,
+                judge.config.state_position,
+                judge.config.logit_features,
+            )
             is_harmless = harmless(judge(inputs), threshold)
             if not torch.isfinite(inputs.features).all():
                 warn_once("Hidden states with NaN or infinity: the judge rejects the candidates they belong to.")

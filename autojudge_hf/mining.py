@@ -56,6 +56,7 @@ def mine_mismatches(
     num_assistant_tokens: int | None = None,
     state_position: str = "candidate",
     assistant_states: bool = False,
+    logit_features: bool = False,
 ) -> datasets.Dataset:
     """Runs the semi-greedy search (AutoJudge, arXiv 2504.20039, algorithm 1) on every example.
 
@@ -80,6 +81,8 @@ def mine_mismatches(
         state_position (`str`, *optional*, defaults to `"candidate"`): see `JudgeConfig`.
         assistant_states (`bool`, *optional*, defaults to `False`): put the assistant's state in front of the
             target's.
+        logit_features (`bool`, *optional*, defaults to `False`): put what the target's logits say behind the
+            states; see `JudgeConfig`.
 
     Returns:
         `datasets.Dataset`: a row a mismatch, in the order of examples and positions, with the columns `example_id`,
@@ -98,7 +101,15 @@ def mine_mismatches(
             raise ValueError(f"`{name}` must be an int of at least 1, got {value!r}.")
     examples = list(dataset)
     searcher = _Searcher(
-        model, assistant_model, tokenizer, task, max_new_tokens, num_assistant_tokens, state_position, assistant_states
+        model,
+        assistant_model,
+        tokenizer,
+        task,
+        max_new_tokens,
+        num_assistant_tokens,
+        state_position,
+        assistant_states,
+        logit_features,
     )
     prompts = [searcher.prompt_ids(i, example) for i, example in enumerate(examples)]
     pair = searcher.pair()
@@ -155,11 +166,13 @@ class _Searcher:
         num_assistant_tokens: int | None,
         state_position: str,
         assistant_states: bool,
+        logit_features: bool,
     ):
         self.model, self.assistant_model = model, assistant_model
         self.tokenizer, self.task = tokenizer, task
         self.max_new_tokens = max_new_tokens
         self.state_position, self.assistant_states = state_position, assistant_states
+        self.logit_features = logit_features
         self.draft_length = checked_draft_length(num_assistant_tokens, assistant_model, None).longest
         self.eos_token_ids = eos_token_ids(model)
 
@@ -178,6 +191,7 @@ class _Searcher:
             "state_position": self.state_position,
             "hidden_size": hidden_size(self.model),
             "assistant_hidden_size": hidden_size(self.assistant_model) if self.assistant_states else None,
+            "logit_features": self.logit_features,
         }
         return {**described, "features": layout, "decoding_settings": GREEDY_SETTINGS, "task": self.task.name}
 
@@ -260,6 +274,7 @@ class _Searcher:
             outputs.hidden_states[-1][:, -2:],
             states,
             self.state_position,
+            self.logit_features,
         )
         response = self._continue(sequence, prompt_length, target, assistant, former)
         return response, inputs.features[0, 0].cpu().numpy()

@@ -97,7 +97,8 @@ class LinearJudge(Judge):
         super().__init__(config)
         if config.num_features == 0:
             raise ValueError(
-                "A linear judge reads hidden states: set `hidden_size` (the target's) or `assistant_hidden_size`."
+                "A linear judge needs features: set `hidden_size` (the target's), `assistant_hidden_size`, or "
+                "`logit_features`."
             )
         weight = torch.full((config.num_features,), float("nan"))
         # What the scaler subtracts is in the bias, which can be thousands of times a score: it needs the digits.

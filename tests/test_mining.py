@@ -11,6 +11,7 @@ from conftest import MAX_NEW_TOKENS, random_llama, similar_model
 from transformers import LogitsProcessorList
 
 from autojudge_hf import JudgeConfig, LinearJudge, mine_mismatches
+from autojudge_hf.features import logit_features
 from autojudge_hf.tasks import GSM8K, Task
 
 
@@ -245,6 +246,16 @@ def test_assistant_states_come_first(random_pair):
         tokens = torch.tensor([[*row["input_ids"], row["candidate_token_id"]]])
         states = random_pair[1](tokens, output_hidden_states=True).hidden_states[-1]
     torch.testing.assert_close(features[0, :32], states[0, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_logit_features_equal_those_of_full_passes(random_pair):
+    model, _ = random_pair
+    rows = mine_random(random_pair, logit_features=True)
+    assert json.loads(rows[0]["pair"])["features"]["logit_features"]
+    for row in rows:
+        logits = reference.logits_after(model, row["input_ids"])[-1]
+        expected = logit_features(torch.tensor([[row["candidate_token_id"]]]), logits[None, None])[0, 0]
+        torch.testing.assert_close(torch.tensor(row["features"][32:]), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_response_without_answer_is_skipped_and_counted(random_pair, caplog):
