@@ -149,6 +149,33 @@ def test_offloaded_target(random_pair, linear_judge, tmp_path):
     assert torch.equal(offloaded.generate(PROMPT, **options), expected)
 
 
+class WeightOnlyInt8(torch.nn.Module):
+    """What weight-only quantisation does to a linear layer."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.scale = linear.weight.abs().amax(dim=1, keepdim=True) / 127
+        self.quantised = (linear.weight / self.scale).round().to(torch.int8)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.quantised.to(x.dtype) * self.scale)
+
+
+@torch.no_grad()
+def test_quantised_target(random_pair, linear_judge):
+    """Lossless is what the quantised model writes, which isn't what the full one does."""
+    model = copy.deepcopy(random_pair[0])
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, torch.nn.Linear):
+                setattr(parent, name, WeightOnlyInt8(child))
+    options = {"max_new_tokens": 60, "assistant_model": random_pair[1], "judge": linear_judge}
+    expected = reference.greedy(model, PROMPT[0].tolist(), 60, ())
+    assert expected != reference.greedy(random_pair[0], PROMPT[0].tolist(), 60, ())
+    assert model.generate(PROMPT, **LOSSLESS, **options)[0].tolist() == expected
+    assert model.generate(PROMPT, do_sample=False, judge_threshold=0.9, **options)[0].tolist() != expected
+
+
 # Pairs that don't fit
 
 
