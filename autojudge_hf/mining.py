@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from .configuration import GREEDY_SETTINGS, STATE_POSITIONS, public_name
 from .features import judge_inputs
 from .forward import cached_forward, eos_token_ids, hidden_size, max_positions, rewindable_cache, vocab_size
 from .generation import judge_decoding
-from .mined_examples import MinedExamples, to_dataset
+from .mined_examples import MinedExample, MinedExamples, to_dataset
 
 
 if TYPE_CHECKING:
@@ -114,43 +114,72 @@ def mine_mismatches(
     prompts = [searcher.prompt_ids(i, example) for i, example in enumerate(examples)]
     pair = searcher.pair()
     store = MinedExamples(output_dir, pair, prompts, searcher.identity())
-    # Rows of the finished examples; `None` where the target's response has no answer.
-    rows: dict[int, list[dict[str, Any]] | None] = store.load()
-    waiting = [i for i in range(len(examples)) if i not in rows]
+    try:
+        mined = store.load()
+        waiting = [i for i in range(len(examples)) if i not in mined]
+        with tqdm(total=len(examples), initial=len(mined), desc="mining", unit="problem") as progress:
+            counts = sum(map(_counts, mined.values()), Counter())
+            for i, example in _search_all(searcher, examples, prompts, waiting, batch_size):
+                store.save(i, example)
+                mined[i] = example
+                counts += _counts(example)
+                share = counts["important"] / max(1, counts["mismatches"])
+                progress.set_postfix({**counts, "important": f"{share:.1%}"})
+                progress.update()
+    finally:
+        store.close()
+    if counts["skipped"]:
+        reasons = Counter(example.skipped for example in mined.values() if example.skipped)
+        listed = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(5))
+        logger.warning(f"{counts['skipped']} of {len(examples)} examples were skipped: {listed}")
+    return to_dataset([row for i in sorted(mined) for row in mined[i].rows], pair)
 
-    with tqdm(total=len(examples), initial=len(rows), desc="mining", unit="problem") as progress:
-        counts = sum(map(_counts, rows.values()), Counter())
-        searches: dict[int, Generator] = {}
-        requests: dict[int, str] = {}
-        while waiting or searches:
-            while waiting and len(searches) < batch_size:
-                i = waiting.pop(0)
-                searches[i] = searcher.search(i, prompts[i])
-                requests[i] = next(searches[i])
-            order = sorted(requests)
-            answers = task.extract_answers([examples[i] for i in order], [requests[i] for i in order])
-            for i, answer in zip(order, answers):
+
+def _search_all(
+    searcher: _Searcher,
+    examples: list[Mapping[str, Any]],
+    prompts: list[list[int]],
+    waiting: list[int],
+    batch_size: int,
+) -> Iterator[tuple[int, MinedExample]]:
+    """Searches the `waiting` examples, `batch_size` at a time; yields each when it is finished."""
+    searches: dict[int, Generator] = {}
+    requests: dict[int, str] = {}
+    while waiting or searches:
+        while waiting and len(searches) < batch_size:
+            i = waiting.pop(0)
+            searches[i] = searcher.search(i, prompts[i])
+            requests[i] = next(searches[i])
+        order = sorted(requests)
+        answers = _extract(searcher.task, [examples[i] for i in order], [requests[i] for i in order])
+        for i, answer in zip(order, answers):
+            finished = None
+            if isinstance(answer, Exception):
+                finished = MinedExample([], f"{type(answer).__name__}: {answer}")
+            else:
                 try:
                     requests[i] = searches[i].send(answer)
-                except StopIteration as finished:
-                    rows[i] = finished.value
-                    store.save(i, rows[i])
-                    del searches[i], requests[i]
-                    counts += _counts(rows[i])
-                    share = counts["important"] / max(1, counts["mismatches"])
-                    progress.set_postfix({**counts, "important": f"{share:.1%}"})
-                    progress.update()
-    if counts["skipped"]:
-        logger.warning(
-            f"{counts['skipped']} of {len(examples)} examples were skipped: the target's response has no answer."
-        )
-    return to_dataset([row for i in sorted(rows) for row in rows[i] or []], pair)
+                except StopIteration as end:
+                    finished = end.value
+            if finished is not None:
+                del searches[i], requests[i]
+                yield i, finished
 
 
-def _counts(rows: list[dict[str, Any]] | None) -> Counter:
-    if rows is None:
+def _extract(task: Task, examples: list[Mapping[str, Any]], texts: list[str]) -> list[Any]:
+    """The answers; where the task fails on an example, its error instead, so that one example can't stop a run."""
+    try:
+        return task.extract_answers(examples, texts)
+    except Exception as error:  # a user's code, which may raise anything
+        if len(examples) == 1:
+            return [error]
+        return [answer for pair in zip(examples, texts) for answer in _extract(task, [pair[0]], [pair[1]])]
+
+
+def _counts(example: MinedExample) -> Counter:
+    if example.skipped:
         return Counter(skipped=1)
-    return Counter(mismatches=len(rows), important=sum(row["label"] for row in rows))
+    return Counter(mismatches=len(example.rows), important=sum(row["label"] for row in example.rows))
 
 
 class _Searcher:
@@ -216,13 +245,13 @@ class _Searcher:
                 )
         return ids
 
-    def search(self, example_id: int, prompt: list[int]) -> Generator[str, Any, list[dict[str, Any]] | None]:
-        """Algorithm 1. Yields responses as text, is sent their answers; returns the rows, `None` if skipped."""
+    def search(self, example_id: int, prompt: list[int]) -> Generator[str, Any, MinedExample]:
+        """Algorithm 1. Yields responses as text and is sent their answers."""
         target, assistant = _Prefix(self.model), _Prefix(self.assistant_model)
         sequence = self._continue(prompt, len(prompt), target, assistant, former=[])
         reference = yield self._text(sequence, prompt)
         if reference is None:
-            return None
+            return MinedExample([], "the target's response has no answer")
         rows = []
         position = len(prompt)
         while (found := assistant.first_difference(sequence, position, vocab_size(self.model))) is not None:
@@ -247,7 +276,7 @@ class _Searcher:
             if not important:
                 sequence = trial
             position += 1
-        return rows
+        return MinedExample(rows)
 
     def _text(self, sequence: list[int], prompt: list[int]) -> str:
         return self.tokenizer.decode(sequence[len(prompt) :], skip_special_tokens=True)

@@ -268,6 +268,78 @@ def test_response_without_answer_is_skipped_and_counted(random_pair, caplog):
     assert isinstance(rows, datasets.Dataset) and "label" in rows.column_names
 
 
+def test_a_task_that_fails_on_an_example_doesnt_stop_the_run(random_pair, tmp_path, caplog):
+    """It is recorded with its error, in the folder too; the others are mined as ever."""
+
+    class Failing(LastTokens):
+        def extract_answers(self, examples, texts):
+            if any(example is EXAMPLES[2] for example in examples):
+                raise RuntimeError("no grader")
+            return super().extract_answers(examples, texts)
+
+    options = {"max_new_tokens": 24, "batch_size": 5, "output_dir": tmp_path / "mined"}
+    rows = mine_mismatches(*random_pair, NumberTokenizer(), EXAMPLES, Failing(EXAMPLES), **options)
+    assert found(rows) == found([row for row in mine_random(random_pair) if row["example_id"] != 2])
+    assert "1 of 12 examples were skipped: 1 x RuntimeError: no grader" in caplog.text
+    again = mine_mismatches(*random_pair, NumberTokenizer(), EXAMPLES, Failing(EXAMPLES), **options)
+    assert found(again) == found(rows)
+
+
+def test_a_damaged_file_is_mined_again(random_pair, tmp_path, caplog):
+    whole = mine_random(random_pair, output_dir=tmp_path / "mined")
+    for number, cut in ((1, 0.5), (4, 0.0)):
+        path = tmp_path / "mined" / f"example-{number:06d}.parquet"
+        content = path.read_bytes()
+        path.write_bytes(content[: int(cut * len(content))])
+    again = mine_random(random_pair, output_dir=tmp_path / "mined")
+    assert found(again) == found(whole) and again["features"][:] == whole["features"][:]
+    assert caplog.text.count("is damaged and will be mined again") == 2
+
+
+def test_other_settings_are_refused_with_the_differences(random_pair, tmp_path):
+    mine_random(random_pair, EXAMPLES[:1], output_dir=tmp_path / "mined")
+    with pytest.raises(
+        ValueError, match="other settings: features: .*; max_new_tokens: 24 there, 12 now"
+    ):
+        mine_random(
+            random_pair, EXAMPLES[:1], output_dir=tmp_path / "mined", max_new_tokens=12, state_position="previous"
+        )
+
+
+def test_a_folder_has_one_miner(random_pair, tmp_path):
+    class Meanwhile(LastTokens):
+        def extract_answers(self, examples, texts):
+            with pytest.raises(ValueError, match="Another process is mining into"):
+                mine_random(random_pair, output_dir=tmp_path / "mined")
+            return super().extract_answers(examples, texts)
+
+    task = Meanwhile(EXAMPLES)
+    options = {"max_new_tokens": 8, "output_dir": tmp_path / "mined"}
+    mine_mismatches(*random_pair, NumberTokenizer(), EXAMPLES[:2], task, **options)
+    # And is free again afterwards.
+    mine_mismatches(*random_pair, NumberTokenizer(), EXAMPLES[:2], LastTokens(EXAMPLES), **options)
+
+
+def test_a_full_disk_loses_nothing(random_pair, tmp_path, monkeypatch):
+    import pyarrow.parquet
+
+    real, calls = pyarrow.parquet.write_table, []
+
+    def write(table, path):
+        calls.append(path)
+        if len(calls) == 4:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(table, path)
+
+    monkeypatch.setattr(pyarrow.parquet, "write_table", write)
+    with pytest.raises(OSError, match="No space left.*finished before are safe.*make room"):
+        mine_random(random_pair, output_dir=tmp_path / "mined")
+    names = {path.name for path in (tmp_path / "mined").glob("example-*")}
+    assert len(names) == 3 and not any(name.endswith(".part") for name in names)
+    assert found(mine_random(random_pair, output_dir=tmp_path / "mined")) == found(mine_random(random_pair))
+
+
 def test_bad_input(random_pair, tmp_path):
     with pytest.raises(ValueError, match=r"Example 1:.*300 tokens.*256 positions"):
         mine_random(random_pair, [EXAMPLES[0], {"text": " ".join(["1"] * 300)}])
