@@ -8,6 +8,7 @@ import pytest
 import reference
 import torch
 from conftest import MAX_NEW_TOKENS, random_llama, similar_model
+from kill_mining import survives
 from transformers import LogitsProcessorList
 
 from autojudge_hf import JudgeConfig, LinearJudge, mine_mismatches
@@ -298,9 +299,7 @@ def test_a_damaged_file_is_mined_again(random_pair, tmp_path, caplog):
 
 def test_other_settings_are_refused_with_the_differences(random_pair, tmp_path):
     mine_random(random_pair, EXAMPLES[:1], output_dir=tmp_path / "mined")
-    with pytest.raises(
-        ValueError, match="other settings: features: .*; max_new_tokens: 24 there, 12 now"
-    ):
+    with pytest.raises(ValueError, match="other settings: features: .*; max_new_tokens: 24 there, 12 now"):
         mine_random(
             random_pair, EXAMPLES[:1], output_dir=tmp_path / "mined", max_new_tokens=12, state_position="previous"
         )
@@ -318,6 +317,14 @@ def test_a_folder_has_one_miner(random_pair, tmp_path):
     mine_mismatches(*random_pair, NumberTokenizer(), EXAMPLES[:2], task, **options)
     # And is free again afterwards.
     mine_mismatches(*random_pair, NumberTokenizer(), EXAMPLES[:2], LastTokens(EXAMPLES), **options)
+
+
+@pytest.mark.slow
+def test_kills_lose_nothing():
+    """`python tests/kill_mining.py` does twenty."""
+    same, left = survives(kills=3)
+    assert same
+    assert left == sorted(left) and left[0] < 60
 
 
 def test_a_full_disk_loses_nothing(random_pair, tmp_path, monkeypatch):
