@@ -45,6 +45,8 @@ class MinedExamples:
         pair (`dict`): what goes into the column `pair`.
         prompts (`list[list[int]]`): the token ids of all prompts, by example id.
         identity (`dict`): what else has to agree when a run goes on with a folder.
+        locks (`bool`, *optional*, defaults to `True`): whether this process takes the folder's lock; of several
+            that mine together, one does.
 
     Raises:
         ValueError: for a folder that isn't empty and wasn't written by mining, or under other settings; or that
@@ -52,7 +54,12 @@ class MinedExamples:
     """
 
     def __init__(
-        self, output_dir: str | Path | None, pair: dict[str, Any], prompts: list[list[int]], identity: dict[str, Any]
+        self,
+        output_dir: str | Path | None,
+        pair: dict[str, Any],
+        prompts: list[list[int]],
+        identity: dict[str, Any],
+        locks: bool = True,
     ):
         self.folder = None if output_dir is None else Path(output_dir)
         self.pair = pair
@@ -81,7 +88,8 @@ class MinedExamples:
         self._lock = FileLock(self.folder / LOCK_NAME)
         try:
             # The system gives the lock back when a process ends, however it ends.
-            self._lock.acquire(timeout=0)
+            if locks:
+                self._lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(
                 f"Another process is mining into {self.folder}. Wait for it, or mine into another folder."

@@ -67,6 +67,9 @@ def mine_mismatches(
 
     Both models decode greedily, whatever their generation configs say; EOS ids are the target's.
 
+    Under `accelerate launch` the processes share the examples between them, through `output_dir`, and each returns the
+    whole dataset.
+
     Args:
         model, assistant_model (`PreTrainedModel`): the target and the assistant.
         tokenizer (`PreTrainedTokenizerBase`): theirs.
@@ -113,19 +116,32 @@ def mine_mismatches(
     )
     prompts = [searcher.prompt_ids(i, example) for i, example in enumerate(examples)]
     pair = searcher.pair()
-    store = MinedExamples(output_dir, pair, prompts, searcher.identity())
+    from accelerate import PartialState  # half a second that nobody else should wait for
+
+    state = PartialState()
+    if state.num_processes > 1 and output_dir is None:
+        raise ValueError(
+            f"{state.num_processes} processes mine together through a folder that all of them see: give `output_dir`."
+        )
+    with state.main_process_first():
+        store = MinedExamples(output_dir, pair, prompts, searcher.identity(), locks=state.is_main_process)
     try:
         mined = store.load()
-        waiting = [i for i in range(len(examples)) if i not in mined]
-        with tqdm(total=len(examples), initial=len(mined), desc="mining", unit="problem") as progress:
+        share = range(state.process_index, len(examples), state.num_processes)
+        waiting = [i for i in share if i not in mined]
+        with tqdm(total=len(mined) + len(waiting), initial=len(mined), desc="mining", unit="problem") as progress:
             counts = sum(map(_counts, mined.values()), Counter())
             for i, example in _search_all(searcher, examples, prompts, waiting, batch_size):
                 store.save(i, example)
                 mined[i] = example
                 counts += _counts(example)
-                share = counts["important"] / max(1, counts["mismatches"])
-                progress.set_postfix({**counts, "important": f"{share:.1%}"})
+                important = counts["important"] / max(1, counts["mismatches"])
+                progress.set_postfix({**counts, "important": f"{important:.1%}"})
                 progress.update()
+        if state.num_processes > 1:
+            state.wait_for_everyone()
+            mined = store.load()
+            counts = sum(map(_counts, mined.values()), Counter())
     finally:
         store.close()
     if counts["skipped"]:

@@ -10,7 +10,9 @@ import sys
 import time
 
 import pytest
+import torch
 from conftest import PAIR, ROOT, SHARED_DATA, read_jsonl
+from datasets import Dataset
 
 
 sys.path.insert(0, str(PAIR))
@@ -65,6 +67,28 @@ def test_mine_train_generate_on_real_questions(tmp_path):
     result = run(*generate, "--data_file", GSM8K_DATA / "test.jsonl")
     assert result.returncode == 0, result.stderr
     assert "tokens per cycle" in result.stdout and "Janet" in result.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_mine_what_one_does(tmp_path):
+    options = ["--model_name_or_path", PAIR / "target", "--assistant_model_name_or_path", PAIR / "draft"]
+    options += ["--dtype", "float32", "--device_map", "cpu", "--max_new_tokens", "320", "--max_examples", "4"]
+    options += ["--data_file", PAIR / "gsm8k_train.jsonl", "--num_assistant_tokens", "8"]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    datasets = []
+    for number, prefix in (("1", []), ("2", launch)):
+        result = run(*prefix, "examples/gsm8k/mine.py", *options, "--output_dir", tmp_path / number)
+        assert result.returncode == 0, result.stderr
+        assert f"({number} processes)" in result.stdout
+        datasets.append(Dataset.from_parquet(str(tmp_path / number / "mismatches.parquet"), cache_dir=str(tmp_path)))
+    one, two = datasets
+    assert len(one) > 20
+    for column in set(one.column_names) - {"features"}:
+        assert one[column][:] == two[column][:]
+    torch.testing.assert_close(
+        torch.tensor(one["features"][:]), torch.tensor(two["features"][:]), atol=1e-4, rtol=1e-4
+    )
 
 
 PATTERNS = (

@@ -2,6 +2,7 @@
 """Mines mismatches on GSM8K, or on a JSONL file with the fields `question` and `answer`.
 
 python examples/gsm8k/mine.py --output_dir runs/mined
+accelerate launch --num_processes 8 examples/gsm8k/mine.py --output_dir runs/mined
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class Arguments:
 def main() -> None:
     (args,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses()
 
+    import torch
+    from accelerate import PartialState
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -49,9 +52,12 @@ def main() -> None:
         examples = load_dataset(args.dataset_name, "main", split=args.split)
     if args.max_examples is not None:
         examples = examples.select(range(min(args.max_examples, len(examples))))
+    # Several processes share the examples; each has both models, on a device of its own.
+    state = PartialState(cpu=not torch.cuda.is_available())
+    device_map = args.device_map if state.num_processes == 1 else {"": state.device}
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     model, assistant_model = (
-        AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype, device_map=args.device_map).eval()
+        AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype, device_map=device_map).eval()
         for name in (args.model_name_or_path, args.assistant_model_name_or_path)
     )
     folder = Path(args.output_dir)
@@ -70,9 +76,13 @@ def main() -> None:
         raise SystemExit(
             "No mismatch was mined: expected some responses with an answer. Raise --max_new_tokens or --max_examples."
         )
-    mined.to_parquet(folder / "mismatches.parquet")
-    important = sum(mined["label"]) / len(mined)
-    print(f"{len(mined)} mismatches, {important:.1%} important, in {folder / 'mismatches.parquet'}")
+    if state.is_main_process:
+        mined.to_parquet(folder / "mismatches.parquet")
+        important = sum(mined["label"]) / len(mined)
+        print(
+            f"{len(mined)} mismatches, {important:.1%} important, in {folder / 'mismatches.parquet'} "
+            f"({state.num_processes} processes)"
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What mining costs beside a literal transcription of the search, on the embedded pair, in one run.
+
+    python examples/measure_mining.py --num_problems 64
+
+The transcription calls `model.generate` for every continuation. Both must find the same mismatches and labels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from autojudge_hf import mine_mismatches
+from autojudge_hf.tasks import GSM8K
+
+
+PAIR = Path(__file__).parent / "tiny_pair"
+MAX_NEW_TOKENS = 320
+
+
+@contextlib.contextmanager
+def counted(model):
+    """Counts the model's forwards, and the positions they compute: rows times new tokens."""
+    counts = {"forwards": 0, "positions": 0}
+
+    def count(module, args, kwargs):
+        counts["forwards"] += 1
+        counts["positions"] += kwargs["input_ids"].numel()
+
+    hook = model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield counts
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def transcription(model, assistant, tokenizer, task, prompt):
+    """Algorithm 1 (arXiv 2504.20039), line by line; yields `(position, candidate, target_token, label)`."""
+
+    def respond(prefix):
+        room = len(prompt) + MAX_NEW_TOKENS - len(prefix)
+        if room == 0 or (len(prefix) > len(prompt) and prefix[-1] == tokenizer.eos_token_id):
+            return prefix
+        return model.generate(input_ids=torch.tensor([prefix]), do_sample=False, max_new_tokens=room)[0].tolist()
+
+    def answer(tokens):
+        return task.extract_answers([{}], [tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True)])[0]
+
+    response, t = respond(prompt), len(prompt)
+    reference = answer(response)
+    while reference is not None and t < len(response):
+        choices = assistant(input_ids=torch.tensor([response[:-1]])).logits[0].argmax(dim=-1).tolist()
+        while t < len(response) and choices[t - 1] == response[t]:
+            t += 1
+        if t < len(response):
+            candidate = choices[t - 1]
+            alternative = respond([*response[:t], candidate])
+            important = not task.equivalent(answer(alternative), reference)
+            yield t, candidate, response[t], int(important)
+            response = response if important else alternative
+            t += 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--num_problems", type=int, default=64)
+    parser.add_argument("--num_assistant_tokens", type=int, default=8, help="draft length of our continuations")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1])
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    tokenizer = AutoTokenizer.from_pretrained(PAIR / "target")
+    model, draft = (
+        AutoModelForCausalLM.from_pretrained(PAIR / role, dtype=torch.float32).eval() for role in ("target", "draft")
+    )
+    task = GSM8K()
+    with open(PAIR / "gsm8k_train.jsonl", encoding="utf-8") as file:
+        problems = [json.loads(line) for _, line in zip(range(args.num_problems), file)]
+
+    def literal():
+        rows = []
+        for i, problem in enumerate(tqdm(problems, desc="transcription")):
+            prompt = tokenizer.encode(task.prompt(problem, tokenizer), add_special_tokens=False)
+            rows += [(i, *row) for row in transcription(model, draft, tokenizer, task, prompt)]
+        return rows
+
+    def ours(batch_size):
+        options = {"num_assistant_tokens": args.num_assistant_tokens, "batch_size": batch_size}
+        mined = mine_mismatches(model, draft, tokenizer, problems, task, max_new_tokens=MAX_NEW_TOKENS, **options)
+        columns = ("example_id", "position", "candidate_token_id", "target_token_id", "label")
+        return list(zip(*(mined[name][:] for name in columns)))
+
+    runs = [("transcription", literal)]
+    runs += [(f"ours, {b} at a time", lambda b=b: ours(b)) for b in args.batch_sizes]
+    results = []
+    for name, run in runs:
+        with counted(model) as counts:
+            started = time.perf_counter()
+            rows = run()
+            results.append((name, rows, time.perf_counter() - started, counts))
+    (_, expected, seconds, baseline), *_ = results
+
+    print(f"\n{len(problems)} problems, {len(expected)} mismatches, {torch.get_num_threads()} threads, fp32")
+    print(f"{'':20}  seconds  (times)  target forwards  (times)  target positions  (times)  same rows")
+    for name, rows, took, counts in results:
+        print(
+            f"{name:20}  {took:7.0f}  {seconds / took:7.1f}  {counts['forwards']:15}"
+            f"  {baseline['forwards'] / counts['forwards']:7.1f}  {counts['positions']:16}"
+            f"  {baseline['positions'] / counts['positions']:7.1f}  {'yes' if rows == expected else 'NO'}"
+        )
+
+
+if __name__ == "__main__":
+    main()
