@@ -33,6 +33,8 @@ DISTRACTIONS = (
     ("It is {n} degrees outside.", "{n} degrees"),
     ("The bus has {n} seats.", "{n} seats"),
 )
+# Words that a line may begin with, and that are written small behind "First,". Others are names.
+BEGINNINGS = {"We", "Never", "With", "That", "There", "Half", "Two", "The", "Adding", "Taking"}
 
 # Shares of the hash space, in percent. Language-model training takes most of it.
 SPLITS = {"lm": range(76), "train": range(76, 84), "validation": range(84, 92), "test": range(92, 100)}
@@ -183,7 +185,9 @@ class Writer:
 
     def add(self, line: str) -> None:
         label = self.label()
-        if label.endswith(", ") and line.startswith(("We ", "Never ", "With ", "That ", "There ", "Half ", "Two ")):
+        if label.endswith(", ") and line.startswith(
+            ("We ", "Never ", "With ", "That ", "There ", "Half ", "Two ", "The ", "Adding ", "Taking ")
+        ):
             line = line[0].lower() + line[1:]
         self.lines.append(label + line)
 
@@ -199,6 +203,9 @@ class Writer:
                 f"{name} gets {k} more, {formula} = {value} {thing}.",
                 f"With {k} more {thing} that makes {formula} = {value}.",
                 f"There are {k} more, so {formula} = {value}.",
+                f"We add {k}, which gives {formula} = {value} {thing}.",
+                f"The number of {thing} goes up by {k}: {formula} = {value}.",
+                f"Adding {k} to {before} we get {formula} = {value}.",
             )
             check = self.phrase(f"{value} - {k} = {before}", f"{value} - {before} = {k}")
         elif event.kind == "fewer":
@@ -207,6 +214,9 @@ class Writer:
                 f"{name} has {k} fewer, {formula} = {value} {thing}.",
                 f"Without {k} {thing} that makes {formula} = {value}.",
                 f"There are {k} fewer, so {formula} = {value}.",
+                f"We take {k} away, which gives {formula} = {value} {thing}.",
+                f"The number of {thing} goes down by {k}: {formula} = {value}.",
+                f"Taking {k} from {before} we get {formula} = {value}.",
             )
             check = self.commuted(value, "+", k) + f" = {before}"
         elif event.kind == "times":
@@ -216,17 +226,21 @@ class Writer:
             line = self.phrase(
                 f"{name} has {k} times as many, {formula} = {value} {thing}.",
                 f"That is {k} times as many {thing}: {formula} = {value}.",
+                f"The number of {thing} goes up {k} times: {formula} = {value}.",
+                f"{k} times {before} is what {name} has, so {formula} = {value}.",
             )
-            check = f"{value} / {k} = {before}"
+            check = self.phrase(f"{value} / {k} = {before}", f"{value} / {before} = {k}")
         else:
             line = self.phrase(
                 f"{name} keeps half, {before} / 2 = {value} {thing}.",
                 f"Half of the {thing} are left: {before} / 2 = {value}.",
+                f"We take half of {before}, which gives {before} / 2 = {value}.",
+                f"The number of {thing} goes down to half: {before} / 2 = {value}.",
             )
-            check = self.phrase(f"{value} + {value}", f"2 * {value}") + f" = {before}"
+            check = self.phrase(f"{value} + {value}", f"2 * {value}", f"{value} * 2") + f" = {before}"
         self.add(line)
-        if self.style.random() < 0.35:
-            self.lines[-1] += self.phrase(f" Check: {check}.", f" ({check})")
+        if self.style.random() < 0.4:
+            self.lines[-1] += self.phrase(f" Check: {check}.", f" ({check})", f" That is right, as {check}.")
 
     def joined(self, before: int, first: Event, second: Event) -> None:
         """Two events that both add, or both take away, as one."""
@@ -240,6 +254,7 @@ class Writer:
             self.phrase(
                 f"Two changes at once, {total} = {k} {direction}: {formula} = {value} {self.thing}.",
                 f"That is {total} = {k} {direction} in all, so {formula} = {value}.",
+                f"We take the next two changes as one, {total} = {k} {direction}, and get {formula} = {value}.",
             )
         )
 
@@ -267,7 +282,7 @@ class Writer:
         while i < len(p.events):
             if remarks and self.style.random() < 0.3:
                 self.add(remarks.pop(self.style.randrange(len(remarks))))
-            pair = p.events[i : i + 2]
+            start, pair = value, p.events[i : i + 2]
             kinds = {event.kind for event in pair}
             joinable = len(pair) == 2 and len(kinds) == 1 and kinds <= {"more", "fewer"}
             if joinable and self.style.random() < 0.5:
@@ -277,8 +292,14 @@ class Writer:
                 self.step(value, *pair)
             i += len(pair)
             value = pair[-1].value
-            if i < len(p.events) and self.style.random() < 0.2:
-                self.lines[-1] += self.phrase(f" So far {value}.", f" Now we are at {value}.")
+            if i < len(p.events) and self.style.random() < 0.4:
+                self.lines[-1] += self.phrase(
+                    f" So far {value}.",
+                    f" Now we are at {value}.",
+                    f" This leaves us with {value} {thing}.",
+                    f" From {start} it went to {value}.",
+                    f" {self.name} has {value} at this point.",
+                )
         result = value
         if p.question == "change":
             high, low = max(value, p.start), min(value, p.start)
@@ -287,6 +308,7 @@ class Writer:
                 self.phrase(
                     f"It was {p.start} and is {value}, and {high} - {low} = {result}.",
                     f"Compared with {p.start} at first, {high} - {low} = {result}.",
+                    f"From {p.start} to {value} that is {high} - {low} = {result}.",
                 )
             )
         elif p.question == "shared":
@@ -295,10 +317,14 @@ class Writer:
                 self.phrase(
                     f"Among {p.number} children, {value} / {p.number} = {result} each.",
                     f"Each of {p.number} gets {value} / {p.number} = {result}.",
+                    f"We divide {value} by {p.number}, so {value} / {p.number} = {result}.",
                 )
             )
         unit = "" if self.style.random() < 0.3 else f" {thing}"
-        closing = self.phrase("So the answer is ", "This gives ", "In the end we get ") + f"{result}{unit}."
+        closing = (
+            self.phrase("So the answer is ", "This gives ", "In the end we get ", "The result is ")
+            + f"{result}{unit}."
+        )
         return opening + " ".join([*self.lines, closing]) + f"\n#### {result}"
 
 

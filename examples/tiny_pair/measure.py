@@ -125,12 +125,24 @@ def main() -> None:
         max_new_tokens=MAX_NEW_TOKENS,
     )
     mined = mine_mismatches(
-        target, draft, tokenizer, train, GSM8K(), max_new_tokens=MAX_NEW_TOKENS, num_assistant_tokens=8
+        target,
+        draft,
+        tokenizer,
+        train,
+        GSM8K(),
+        max_new_tokens=MAX_NEW_TOKENS,
+        num_assistant_tokens=8,
+        logit_features=True,
     )
     labels, groups = np.array(mined["label"][:]), np.array(mined["example_id"][:])
     tokens = np.array([mined["candidate_token_id"][:], mined["target_token_id"][:]]).T
     by_token = cross_validated_auc(tokens, labels, groups, OneHotEncoder(handle_unknown="ignore"))
-    by_state = cross_validated_auc(np.array(mined["features"][:]), labels, groups, StandardScaler())
+    features = np.array(mined["features"][:])
+    states = features[:, : target.config.hidden_size]
+    by_state, by_logits, by_both = (
+        cross_validated_auc(x, labels, groups, StandardScaler())
+        for x in (states, features[:, states.shape[1] :], features)
+    )
 
     print(f"\nseed {args.seed}, fp32, {torch.get_num_threads()} threads")
     print(f"1. solved greedily, {len(test)} held-out problems: target {solved:.1%}, draft {draft_solved:.1%}")
@@ -144,7 +156,10 @@ def main() -> None:
         f"{labels.mean():.1%} important"
     )
     print(f"4. mean response: {length:.0f} tokens")
-    print(f"5. ROC-AUC, 5-fold by problem: token identities {by_token:.3f}, target states {by_state:.3f}")
+    print(
+        f"5. ROC-AUC, 5-fold by problem: token identities {by_token:.3f}, target states {by_state:.3f}, "
+        f"logit features {by_logits:.3f}, both {by_both:.3f}"
+    )
     gaps = [state_gap(dtype, list(mined)[:200]) for dtype in (torch.float32, torch.bfloat16)]
     print(
         f"6. states of a 2-token and a 17-token pass differ by {gaps[0]:.1e} in fp32, {gaps[1]:.1e} in bf16 (relative)"

@@ -60,7 +60,7 @@ SHAPES = {
 # loss is about numbers. The rest of the steps is on solutions as they are.
 COPY_STEPS = {"target": 800, "draft": 600}
 PLAIN_STEPS = {"target": 500, "draft": 400}
-FREE_STEPS = {"target": 1400, "draft": 1200}
+FREE_STEPS = {"target": 1600, "draft": 1500}
 IGNORE = -100
 
 
@@ -209,6 +209,9 @@ def train_model(name: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Na
     )
     model = LlamaForCausalLM(config)
     look_back(model)
+    if args.resume_from is not None:
+        model = LlamaForCausalLM.from_pretrained(args.resume_from, dtype=torch.float32)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = [
@@ -246,6 +249,8 @@ def train_model(name: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Na
         if step % 200 == 0 or step == steps - 1:
             minutes = (time.perf_counter() - started) / 60
             tqdm.write(f"step {step} loss {running:.4f} tokens {tokens / 1e6:.2f}M minutes {minutes:.1f}")
+    after = model.state_dict()
+    model.load_state_dict({name: torch.lerp(after[name], before[name], args.keep) for name in after})
     return model
 
 
@@ -253,6 +258,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("part", choices=["tokenizer", "target", "draft"])
     parser.add_argument("--out", type=Path, help="folder to write (default: beside this script)")
+    parser.add_argument("--resume_from", type=Path, help="folder of weights to start from")
+    parser.add_argument("--keep", type=float, default=0.0, help="share of the weights it started from in the result")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
