@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from autojudge_hf import JudgeTrainer, JudgeTrainingArguments, evaluate_judge, mine_mismatches
+from autojudge_hf import AutoJudge, JudgeTrainer, JudgeTrainingArguments, evaluate_judge, mine_mismatches
 from autojudge_hf.evaluation import paired_interval
 from autojudge_hf.tasks import GSM8K
 
@@ -43,12 +43,49 @@ def show(row: dict, lossless: dict) -> None:
     )
 
 
+def make_judge(pair, tokenizer, task, take, args, options):
+    """Mines, trains, chooses the threshold on validation problems, and saves."""
+    folder = Path(args.output_dir)
+    mined = mine_mismatches(
+        *pair,
+        tokenizer,
+        take("train", args.num_mined),
+        task,
+        max_new_tokens=MAX_NEW_TOKENS,
+        num_assistant_tokens=8,
+        logit_features=True,
+        output_dir=folder / "mined",
+    )
+    print(f"{len(mined)} mismatches, {sum(mined['label']) / len(mined):.1%} important")
+    trainer = JudgeTrainer(
+        JudgeTrainingArguments(output_dir=str(folder / "judge"), overwrite_output_dir=True, validation_size=0.2), mined
+    )
+    trainer.train()
+    prediction = trainer.predict(trainer.eval_dataset)
+    print(f"validation ROC-AUC {trainer.state.best_metric:.3f}")
+
+    important = torch.from_numpy(prediction.predictions[prediction.label_ids == 1])
+    thresholds = sorted({important.quantile(1 - recall).item() for recall in RECALLS})
+    judge = trainer.judge
+    lossless, *rows = evaluate_judge(
+        *pair, tokenizer, take("validation", args.num_validation), task, judge, thresholds=thresholds, **options
+    )
+    print(f"\n{args.num_validation} validation problems, draft length 16")
+    for row in (lossless, *rows):
+        show(row, lossless)
+    good = [row["threshold"] for row in rows if lossless["accuracy"] - row["accuracy"] <= args.max_drop]
+    judge.config.threshold = max(good, default=0.0)
+    trainer.save_model()
+    return judge
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--output_dir", default="runs/measure_judge")
+    parser.add_argument("--judge", help="folder of a judge, threshold included, to test instead of making one")
     parser.add_argument("--seed", type=int, default=1, help="seed of all problems")
-    parser.add_argument("--num_mined", type=int, default=300)
-    parser.add_argument("--num_validation", type=int, default=300)
+    parser.add_argument("--num_mined", type=int, default=400)
+    parser.add_argument("--num_validation", type=int, default=500)
     parser.add_argument("--num_test", type=int, default=1000)
     parser.add_argument("--batch_size", type=int, default=16, help="problems decoded at once; each row as if alone")
     parser.add_argument("--max_drop", type=float, default=0.005, help="accuracy the threshold may cost on validation")
@@ -62,37 +99,12 @@ def main() -> None:
     def take(split: str, n: int) -> list[dict]:
         return list(itertools.islice(problems(split, args.seed), n))
 
-    folder = Path(args.output_dir)
-    mined = mine_mismatches(
-        *pair,
-        tokenizer,
-        take("train", args.num_mined),
-        GSM8K(),
-        max_new_tokens=MAX_NEW_TOKENS,
-        num_assistant_tokens=8,
-        output_dir=folder / "mined",
-    )
-    print(f"{len(mined)} mismatches, {sum(mined['label']) / len(mined):.1%} important")
-    trainer = JudgeTrainer(
-        JudgeTrainingArguments(output_dir=str(folder / "judge"), overwrite_output_dir=True, validation_size=0.2), mined
-    )
-    trainer.train()
-    prediction = trainer.predict(trainer.eval_dataset)
-    print(f"validation ROC-AUC {trainer.state.best_metric:.3f}")
-
-    important = torch.from_numpy(prediction.predictions[prediction.label_ids == 1])
-    thresholds = sorted({important.quantile(1 - recall).item() for recall in RECALLS})
+    task = GSM8K()
     options = {"num_assistant_tokens": 16, "max_new_tokens": MAX_NEW_TOKENS, "batch_size": args.batch_size}
-    task, judge = GSM8K(), trainer.judge
-    lossless, *rows = evaluate_judge(
-        *pair, tokenizer, take("validation", args.num_validation), task, judge, thresholds=thresholds, **options
-    )
-    print(f"\n{args.num_validation} validation problems, draft length 16")
-    for row in (lossless, *rows):
-        show(row, lossless)
-    good = [row["threshold"] for row in rows if lossless["accuracy"] - row["accuracy"] <= args.max_drop]
-    judge.config.threshold = max(good, default=0.0)
-    trainer.save_model()
+    if args.judge is not None:
+        judge = AutoJudge.from_pretrained(args.judge)
+    else:
+        judge = make_judge(pair, tokenizer, task, take, args, options)
 
     lossless, row = evaluate_judge(
         *pair, tokenizer, take("test", args.num_test), task, judge, thresholds=[judge.config.threshold], **options

@@ -32,6 +32,7 @@ from autojudge_hf.tasks import GSM8K
 
 PAIR = Path(__file__).parent / "tiny_pair"
 MAX_NEW_TOKENS = 320
+THRESHOLDS = (0.005, 0.01, 0.02, 0.04)
 
 
 def read(name: str, n: int) -> list[dict]:
@@ -48,8 +49,8 @@ def choose_threshold(rows: list[dict]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--output_dir", default="runs/quickstart", help="the judge goes to its subfolder judge")
-    parser.add_argument("--num_mined", type=int, default=120, help="training problems to mine")
-    parser.add_argument("--num_validation", type=int, default=200, help="validation problems for the threshold")
+    parser.add_argument("--num_mined", type=int, default=100, help="training problems to mine")
+    parser.add_argument("--num_validation", type=int, default=160, help="validation problems for the threshold")
     parser.add_argument("--num_test", type=int, default=40, help="held-out problems for the table")
     parser.add_argument("--num_assistant_tokens", type=int, default=16, help="draft length")
     args = parser.parse_args()
@@ -73,10 +74,11 @@ def main() -> None:
         task,
         max_new_tokens=MAX_NEW_TOKENS,
         num_assistant_tokens=8,
+        logit_features=True,
     )
     print(f"   {len(mined)} mismatches, {sum(mined['label']) / len(mined):.1%} of them important")
 
-    print("2. Train a judge on the target's hidden states, save it, load it back")
+    print("2. Train a judge on the target's hidden states and logits, save it, load it back")
     trainer = JudgeTrainer(
         JudgeTrainingArguments(output_dir=judge_dir, overwrite_output_dir=True, validation_size=0.2), mined
     )
@@ -86,9 +88,6 @@ def main() -> None:
     print(f"   validation ROC-AUC {trainer.state.best_metric:.3f}; saved to {judge_dir}")
 
     print("3. Choose the threshold on validation problems")
-    held_out = trainer.predict(trainer.eval_dataset)
-    scores = torch.from_numpy(held_out.predictions[held_out.label_ids == 1])
-    thresholds = [scores.quantile(1 - recall).item() for recall in (0.8, 0.85, 0.9, 0.95, 0.98)]
     rows = evaluate_judge(
         model,
         draft,
@@ -96,7 +95,7 @@ def main() -> None:
         read("validation", args.num_validation),
         task,
         judge,
-        thresholds=thresholds,
+        thresholds=THRESHOLDS,
         num_assistant_tokens=args.num_assistant_tokens,
         max_new_tokens=MAX_NEW_TOKENS,
         batch_size=16,

@@ -31,6 +31,9 @@ class Arguments:
     max_new_tokens: int = field(default=512, metadata={"help": "Limit of a whole response, in tokens."})
     num_assistant_tokens: int | None = field(default=None, metadata={"help": "Draft length; changes the speed only."})
     batch_size: int = field(default=8, metadata={"help": "Problems in flight."})
+    logit_features: bool = field(
+        default=True, metadata={"help": "Judge by the target's logits too, not states alone."}
+    )
     dtype: str = field(default="bfloat16", metadata={"help": "dtype of both models."})
     device_map: str = field(default="auto", metadata={"help": "Where the models go."})
 
@@ -70,6 +73,7 @@ def main() -> None:
         max_new_tokens=args.max_new_tokens,
         num_assistant_tokens=args.num_assistant_tokens,
         batch_size=args.batch_size,
+        logit_features=args.logit_features,
         output_dir=folder / "examples",
     )
     if len(mined) == 0:
