@@ -109,24 +109,22 @@ def cached_forward(
 
 
 def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
-    """A model of the first `num_layers` layers of `model` and its head: same weights, nothing copied or changed.
+    """A model of the first `num_layers` layers of `model` and its head, of the same tensors; `model` stays as it is.
 
     Raises:
         ValueError: for other than 1 to all but one of the layers, or a model whose layers aren't one list.
     """
     total = model.config.get_text_config(decoder=True).num_hidden_layers
-    base = copy.copy(model.base_model)
-    base._modules = dict(base._modules)
-    lists = [name for name, x in base._modules.items() if isinstance(x, torch.nn.ModuleList) and len(x) == total]
+    # Modules of its own, since hooks on shared ones would fire for both; the tensors stay the same ones.
+    early = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    children = early.base_model._modules
+    lists = [name for name, x in children.items() if isinstance(x, torch.nn.ModuleList) and len(x) == total]
     if len(lists) != 1 or not isinstance(num_layers, int) or not 1 <= num_layers < total:
         raise ValueError(
             f"`assistant_early_exit` must be a number of layers from 1 to {total - 1} of a model with one list of "
             f"layers, got {num_layers!r} for a {type(model).__name__} with {len(lists)}."
         )
-    base._modules[lists[0]] = base._modules[lists[0]][:num_layers]
-    early = copy.copy(model)
-    early._modules = {**model._modules, model.base_model_prefix: base}
-    early.config = base.config = copy.deepcopy(model.config)
+    children[lists[0]] = children[lists[0]][:num_layers]
     early.config.get_text_config(decoder=True).num_hidden_layers = num_layers
     return early
 

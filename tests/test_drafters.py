@@ -75,6 +75,9 @@ def test_first_layers_are_a_model_of_their_own():
     literal.load_state_dict(model.state_dict(), strict=False)
     torch.testing.assert_close(early(PROMPT).logits, literal(PROMPT).logits)
     assert isinstance(early, LlamaForCausalLM)
+    assert {id(p) for p in early.parameters()} < {id(p) for p in model.parameters()}
+    assert len(early(PROMPT, output_hidden_states=True).hidden_states) == 4
+    assert len(model(PROMPT, output_hidden_states=True).hidden_states) == 5
     assert torch.equal(model(PROMPT).logits, before)
     assert not torch.equal(early(PROMPT).logits, before)
     assert (model.config.num_hidden_layers, len(model.model.layers)) == (4, 4)
