@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What mining costs beside a literal transcription of the search, on the embedded pair, in one run.
 
-    python examples/measure_mining.py --num_problems 64
+    python examples/measure_mining.py
 
 The transcription calls `model.generate` for every continuation. Both must find the same mismatches and labels.
 """
