@@ -122,10 +122,14 @@ class JudgeConfig:
         self.assistant_model_name_or_path = public_name(self.assistant_model_name_or_path)
 
     @property
+    def num_state_features(self) -> int:
+        """Floats of hidden states that a mismatch is judged by: the assistant's, then the target's."""
+        return (self.assistant_hidden_size or 0) + (self.hidden_size or 0)
+
+    @property
     def num_features(self) -> int:
-        """Floats a mismatch is judged by: the assistant's state, the target's, what the logits say."""
-        num_logit_features = len(LOGIT_FEATURES) if self.logit_features else 0
-        return (self.assistant_hidden_size or 0) + (self.hidden_size or 0) + num_logit_features
+        """All floats a mismatch is judged by: states, then what the logits say."""
+        return self.num_state_features + (len(LOGIT_FEATURES) if self.logit_features else 0)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -177,7 +177,8 @@ def judge_decoding(
                 judge.config.logit_features,
             )
             is_harmless = harmless(judge(inputs), threshold)
-            if not torch.isfinite(inputs.features).all():
+            # Logit features of a candidate that processors forbid are infinite, and no cause for alarm.
+            if not torch.isfinite(inputs.features[..., : judge.config.num_state_features]).all():
                 warn_once("Hidden states with NaN or infinity: the judge rejects the candidates they belong to.")
         num_candidates = torch.tensor(lengths, device=candidate_ids.device)
         if generation_config.do_sample:

@@ -236,6 +236,18 @@ def test_states_that_arent_finite_are_rejected_and_counted(random_pair, linear_j
     assert len(messages) == 1 and "NaN or infinity" in messages[0]
 
 
+def test_forbidden_candidates_are_no_broken_states(random_pair, caplog):
+    """Top-k sampling leaves candidates without probability: their logit features are infinite, the states are fine."""
+    model, assistant = random_pair
+    judge = AutoJudge.from_config(JudgeConfig(hidden_size=32, logit_features=True))
+    judge.load_state_dict({"weight": torch.ones(36), "bias": torch.zeros(1)})
+    options = {"do_sample": True, "top_k": 1, "max_new_tokens": 40, "assistant_model": assistant, "judge": judge}
+    options |= {"judge_threshold": 0.9, "return_dict_in_generate": True}
+    output, messages = warnings_of(caplog, lambda: model.generate(PROMPT, **options))
+    assert output.num_candidates > output.num_matches
+    assert not any("NaN" in message for message in messages)
+
+
 def test_reference_of_this_file_varies(random_pair):
     """A random model that repeats one token would hide a wrong cache."""
     model, _ = random_pair
