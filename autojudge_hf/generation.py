@@ -144,7 +144,7 @@ def judge_decoding(
             # A cycle commits one token more than it has candidates, and the newest one needs no position yet.
             room = [stop.room(rows, j) - 1 for j in range(len(rows.active))]
             longest_draft = min(draft_length.value, max(room), max(0, max_length - max(rows.lengths)))
-            process = functools.partial(processors, rows) if processors.change_logits else None
+            process = functools.partial(processors, rows)
             sequence, assistant_logits = drafter.get_candidates(sequence, rows.attention_mask, longest_draft, process)
         drafted = time.perf_counter()
         candidate_ids = sequence[:, rows.input_ids.shape[1] :]

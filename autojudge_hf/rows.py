@@ -90,11 +90,10 @@ class RowProcessors:
         self.processors = [
             LogitsProcessorList(_numbered(processor, row) for processor in processors) for row in range(batch_size)
         ]
-        self.change_logits = len(processors) > 0
 
     def __call__(self, rows: Rows, candidate_ids: torch.LongTensor, logits: torch.Tensor) -> torch.Tensor:
         """Logits of shape `(a, n, v)`, of which the last follow `rows` and all of `candidate_ids`, `(a, i)`."""
-        if not self.change_logits:
+        if not any(self.processors):
             return logits
         n = logits.shape[1]
         processed = []
