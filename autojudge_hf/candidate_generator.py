@@ -97,13 +97,13 @@ class JudgeCandidateGenerator(CandidateGenerator):
             else:
                 tokens = next_logits[:, 0].argmax(dim=-1, keepdim=True)
             if self.output_states:
-                states.append(outputs.hidden_states[-1][:, -1:])
+                states.append(outputs.states[:, -1:])
             candidate_ids = torch.cat([candidate_ids, tokens], dim=1)
             unfinished -= {j for j, token in enumerate(tokens[:, 0].tolist()) if token in self.eos_token_ids}
             if not unfinished:
                 break
         if states:
-            states.append(self._forward(tokens, attention_mask).hidden_states[-1][:, -1:])
+            states.append(self._forward(tokens, attention_mask).states[:, -1:])
             self.states = torch.cat(states, dim=1)
         sequence = torch.cat([input_ids, candidate_ids], dim=1)
         return sequence, torch.cat(logits, dim=1) if logits else None
@@ -131,7 +131,7 @@ class JudgeCandidateGenerator(CandidateGenerator):
         if self.vocab_size < self.target_vocab_size:
             # The assistant lacks some of the target's tokens; any other will do: only the draft gets worse.
             tokens = tokens.clamp(max=self.vocab_size - 1)
-        return cached_forward(self.assistant_model, tokens, self.cache, mask, output_hidden_states=self.output_states)
+        return cached_forward(self.assistant_model, tokens, self.cache, mask, output_states=self.output_states)
 
     def _padded(self, logits: torch.Tensor) -> torch.Tensor:
         """Pairs may pad one vocabulary to different sizes: tokens that the assistant lacks are never drawn."""

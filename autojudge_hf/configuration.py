@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 
-STATE_POSITIONS = ("candidate", "previous")
+STATE_POSITIONS = ("candidate", "previous", "both")
 # What verification knows of a candidate besides the states: see `features.logit_features`.
 LOGIT_FEATURES = ("log_probability", "gap_to_best", "log_rank", "entropy")
 DEFAULT_THRESHOLDS = {"linear": 0.5, "top_k": 0.6}
@@ -64,7 +64,7 @@ class JudgeConfig:
         assistant_hidden_size (`int`, *optional*):
             Width of the assistant's last hidden state; `None` (the default) if the judge doesn't read it.
         state_position (`str`, *optional*, defaults to `"candidate"`):
-            `"candidate"`: the state that encodes the candidate; `"previous"`: the state that predicted it
+            `"candidate"`: the state that encodes the candidate; `"previous"`: the state that predicted it; `"both"`
             (AutoJudge, arXiv 2504.20039, ablation of the token's position).
         logit_features (`bool`, *optional*, defaults to `False`):
             Whether the judge also reads, from the target's logits at the candidate's position, the candidate's
@@ -124,7 +124,8 @@ class JudgeConfig:
     @property
     def num_state_features(self) -> int:
         """Floats of hidden states that a mismatch is judged by: the assistant's, then the target's."""
-        return (self.assistant_hidden_size or 0) + (self.hidden_size or 0)
+        positions = 2 if self.state_position == "both" else 1
+        return positions * ((self.assistant_hidden_size or 0) + (self.hidden_size or 0))
 
     @property
     def num_features(self) -> int:

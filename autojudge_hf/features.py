@@ -42,13 +42,15 @@ def judge_inputs(
             the same positions.
         assistant_states (`torch.FloatTensor` of shape `(b, k + 1, h_a)`, *optional*): the assistant's.
         state_position (`str`): `"candidate"` takes the states that encode the candidates (the last k positions),
-            `"previous"` those that predicted them (the first k).
+            `"previous"` those that predicted them (the first k), `"both"` joins these two, the previous one first.
         with_logit_features (`bool`, *optional*, defaults to `False`): whether `logit_features` follow the states.
     """
     k = candidate_ids.shape[1]
-    at = slice(1, k + 1) if state_position == "candidate" else slice(0, k)
+    previous, candidate = slice(0, k), slice(1, k + 1)
+    positions = {"candidate": [candidate], "previous": [previous], "both": [previous, candidate]}[state_position]
+    given = [states for states in (assistant_states, target_states) if states is not None]
     device = candidate_ids.device
-    states = [s[:, at].to(device, torch.float32) for s in (assistant_states, target_states) if s is not None]
+    states = [states[:, at].to(device, torch.float32) for states in given for at in positions]
     if with_logit_features:
         states.append(logit_features(candidate_ids, target_logits[:, :k]))
     empty = torch.empty(*candidate_ids.shape, 0, device=device)

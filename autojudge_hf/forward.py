@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -47,12 +49,21 @@ def rewind(cache: Cache, removed: Sequence[int]) -> None:
     """
     least = min(removed)
     if max(removed) > least:
+
+        @functools.cache  # mostly one for all layers
+        def sources(heads: int, n: int, device: torch.device) -> torch.Tensor:
+            shifts = torch.tensor(removed, device=device) - least
+            positions = (torch.arange(n, device=device) - shifts[:, None]) % n
+            first = n * torch.arange(len(removed) * heads, device=device).view(-1, heads, 1)
+            return (first + positions[:, None]).flatten()
+
+        def moved(x: torch.Tensor) -> torch.Tensor:
+            # Whole vectors are copied, which on a CPU is eight times as fast as `take_along_dim`.
+            _, heads, n, d = x.shape
+            return x.reshape(-1, d).index_select(0, sources(heads, n, x.device)).view_as(x)
+
         for layer in cache.layers:
-            length = layer.keys.shape[2]
-            shift = torch.tensor(removed, device=layer.keys.device) - least
-            source = (torch.arange(length, device=shift.device) - shift[:, None]) % length
-            layer.keys = torch.take_along_dim(layer.keys, source[:, None, :, None], dim=2)
-            layer.values = torch.take_along_dim(layer.values, source[:, None, :, None], dim=2)
+            layer.keys, layer.values = moved(layer.keys), moved(layer.values)
     cache.crop(-least)
 
 
@@ -74,6 +85,36 @@ def shrink(cache: Cache, rows: Sequence[int], num_columns: int) -> None:
                 layer.cumulative_length = num_columns
 
 
+class Pass(NamedTuple):
+    """What one forward gives; `logits` and `states` may cover more positions than asked for: index from the end.
+
+    Attributes:
+        logits (`torch.FloatTensor` of shape `(b, n, v)`).
+        states (`torch.FloatTensor` of shape `(b, n, h)`, *optional*): the last hidden states, which the head reads.
+        hidden_states (`tuple[torch.FloatTensor]`, *optional*): those of every layer, for every token.
+    """
+
+    logits: torch.Tensor
+    states: torch.Tensor | None
+    hidden_states: tuple[torch.Tensor, ...] | None
+
+
+@contextlib.contextmanager
+def _head_inputs(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """Collects what the output embeddings read: the last states, without the cost of capturing every layer's."""
+    thread, seen = threading.get_ident(), []
+
+    def see(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if threading.get_ident() == thread:
+            seen.append(inputs[0])
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(see)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
 @torch.inference_mode()
 def cached_forward(
     model: PreTrainedModel,
@@ -81,20 +122,21 @@ def cached_forward(
     cache: Cache,
     attention_mask: torch.Tensor | None = None,
     num_logits: int = 1,
+    output_states: bool = False,
     output_hidden_states: bool = False,
-) -> Any:
+) -> Pass:
     """Runs `tokens` through `model` behind what `cache` holds, which then holds them too.
 
     Args:
         tokens (`torch.LongTensor` of shape `(b, n)`): the new tokens.
         cache (`Cache`): keys and values of the prefix; extended in place.
         attention_mask (`torch.LongTensor` of shape `(b, prefix + n)`, *optional*): 0 at padding. `None`: no padding.
-        num_logits (`int`): how many last positions get logits; 0 for all of them.
+        num_logits (`int`): how many last positions get logits and states; not every model can skip the others.
+        output_states (`bool`): whether to return the last hidden states.
+        output_hidden_states (`bool`): whether to return those of all layers.
 
     Returns:
-        `CausalLMOutputWithPast` of inference tensors (on small models that is a tenth faster than `no_grad`). Its
-        `logits` and `hidden_states` may cover more positions than `num_logits` (not every model can skip): index
-        from the end.
+        [`Pass`] of inference tensors (on small models that is a tenth faster than `no_grad`).
     """
     accepted = _forward_parameters(type(model))
     inputs: dict[str, Any] = {"input_ids": tokens.to(model.device), "past_key_values": cache, "use_cache": True}
@@ -105,7 +147,9 @@ def cached_forward(
             inputs["position_ids"] = positions[:, -tokens.shape[1] :]
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = num_logits
-    return model(**inputs, output_hidden_states=output_hidden_states, return_dict=True)
+    with _head_inputs(model) if output_states else contextlib.nullcontext([None]) as seen:
+        outputs = model(**inputs, output_hidden_states=output_hidden_states, return_dict=True)
+    return Pass(outputs.logits, seen[0], outputs.hidden_states)
 
 
 def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:

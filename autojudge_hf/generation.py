@@ -160,18 +160,18 @@ def judge_decoding(
             cache,
             attention_mask,
             num_logits=k + 1,
-            output_hidden_states=kept.hidden_states is not None or (reads_target and k > 0),
+            output_states=reads_target and k > 0,
+            output_hidden_states=kept.hidden_states is not None,
         )
         logits = outputs.logits[:, -k - 1 :].to(input_ids.device, torch.float32)
         processed = processors(rows, candidate_ids, logits)
 
         is_harmless = None
         if judges and k > 0:
-            target_states = outputs.hidden_states[-1][:, -k - 1 :] if reads_target else None
             inputs = judge_inputs(
                 candidate_ids,
                 processed,
-                target_states,
+                outputs.states[:, -k - 1 :] if reads_target else None,
                 drafter.states,
                 judge.config.state_position,
                 judge.config.logit_features,

@@ -25,7 +25,7 @@ from .candidate_generator import FormerResponse, JudgeCandidateGenerator
 from .checks import checked_draft_length
 from .configuration import GREEDY_SETTINGS, STATE_POSITIONS, public_name
 from .features import judge_inputs
-from .forward import cached_forward, eos_token_ids, hidden_size, max_positions, rewindable_cache, vocab_size
+from .forward import Pass, cached_forward, eos_token_ids, hidden_size, max_positions, rewindable_cache, vocab_size
 from .generation import judge_decoding
 from .mined_examples import MinedExample, MinedExamples, to_dataset
 
@@ -309,14 +309,14 @@ class _Searcher:
         """The response with `candidate` at `position` of the former one, and what a judge sees of that candidate."""
         sequence = [*former[:position], candidate]
         # One pass over the last committed token and the candidate, as in a verification cycle.
-        outputs = target.run(sequence, num_last=2, output_hidden_states=True)
+        outputs = target.run(sequence, num_last=2, output_states=True)
         states = None
         if self.assistant_states:
-            states = assistant.run(sequence, num_last=2, output_hidden_states=True).hidden_states[-1][:, -2:]
+            states = assistant.run(sequence, num_last=2, output_states=True).states[:, -2:]
         inputs = judge_inputs(
             torch.tensor([[candidate]], device=self.model.device),
             outputs.logits[:, -2:],
-            outputs.hidden_states[-1][:, -2:],
+            outputs.states[:, -2:],
             states,
             self.state_position,
             self.logit_features,
@@ -392,14 +392,12 @@ class _Prefix:
         self.cache.crop(-(len(self.tokens) - shared))
         self.tokens = self.tokens[:shared]
 
-    def run(self, sequence: list[int], num_last: int, output_hidden_states: bool = False):
+    def run(self, sequence: list[int], num_last: int, output_states: bool = False) -> Pass:
         """Makes the cache hold `sequence`; outputs cover at least its last `num_last` positions."""
         self.rewind(sequence, num_last)
         # Where the target has more tokens than the assistant, any other token will do, as when drafting.
         tokens = torch.tensor([sequence[len(self.tokens) :]]).clamp(max=vocab_size(self.model) - 1)
-        outputs = cached_forward(
-            self.model, tokens, self.cache, num_logits=num_last, output_hidden_states=output_hidden_states
-        )
+        outputs = cached_forward(self.model, tokens, self.cache, num_logits=num_last, output_states=output_states)
         self.tokens = list(sequence)
         return outputs
 

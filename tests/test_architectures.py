@@ -7,6 +7,7 @@ from conftest import left_padded, scaled_up, similar_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from autojudge_hf import AutoJudge, JudgeConfig
+from autojudge_hf.forward import cached_forward, rewindable_cache
 
 
 SIZES = {
@@ -103,3 +104,14 @@ def test_lossless(family):
             )
             assert torch.equal(output.sequences, expected)
             assert 0 < output.num_matches.sum() < output.num_candidates.sum()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_judge_reads_the_last_hidden_states(family):
+    """The head's input, taken where the head is called, against what `output_hidden_states` gives."""
+    model = random_model(family, seed=0)
+    tokens = torch.tensor([PROMPTS[0]])
+    outputs = cached_forward(model, tokens, rewindable_cache(model), num_logits=3, output_states=True)
+    expected = model(tokens, output_hidden_states=True)
+    assert torch.equal(outputs.states[:, -3:], expected.hidden_states[-1][:, -3:])
+    assert not model.get_output_embeddings()._forward_pre_hooks

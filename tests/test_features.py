@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from autojudge_hf import JudgeConfig
 from autojudge_hf.features import judge_inputs, logit_features
 
 
@@ -16,6 +17,9 @@ def test_positions_and_order():
     assert of_candidates.tolist() == [[[-3, -4, -5, 2, 3], [-6, -7, -8, 4, 5]]]
     previous = judge_inputs(candidate_ids, logits, target, None, "previous").features
     assert previous.tolist() == [[[0, 1], [2, 3]]]
+    both = judge_inputs(candidate_ids, logits, target, assistant, "both").features
+    assert both.tolist() == [[[0, -1, -2, -3, -4, -5, 0, 1, 2, 3], [-3, -4, -5, -6, -7, -8, 2, 3, 4, 5]]]
+    assert both.shape[-1] == JudgeConfig(hidden_size=2, assistant_hidden_size=3, state_position="both").num_features
     assert judge_inputs(candidate_ids, logits, None, None, "candidate").features.shape == (1, 2, 0)
 
 

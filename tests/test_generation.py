@@ -270,7 +270,7 @@ def test_a_batch_that_isnt_realigned_is_noticed(random_pair, top_k, monkeypatch)
     options = {"do_sample": False, "max_new_tokens": 30, "assistant_model": assistant, "judge": top_k}
     inputs = left_padded(PROMPTS)
     expected = model.generate(**inputs, judge_threshold=0.0, **options)
-    monkeypatch.setattr(torch, "take_along_dim", lambda tensor, indices, dim: tensor)
+    monkeypatch.setattr(torch.Tensor, "index_select", lambda tensor, dim, index: tensor)
     assert not torch.equal(model.generate(**inputs, judge_threshold=0.0, **options), expected)
 
 
@@ -347,7 +347,7 @@ def test_threshold_one_accepts_every_candidate(random_pair, linear_judge):
 def test_assistant_states(random_pair):
     """A judge on both models' states decides by them: the states are those of plain forward passes."""
     model, assistant = random_pair
-    for position in ("candidate", "previous"):
+    for position in ("candidate", "previous", "both"):
         seen = []
         judge = AutoJudge.from_config(
             JudgeConfig(hidden_size=32, assistant_hidden_size=32, state_position=position, threshold=0.5)
@@ -360,11 +360,12 @@ def test_assistant_states(random_pair):
         for inputs in seen:
             k = inputs.candidate_ids.shape[1]
             tokens = output[:start] + inputs.candidate_ids[0].tolist()
-            at = slice(start, start + k) if position == "candidate" else slice(start - 1, start - 1 + k)
+            starts = {"candidate": [start], "previous": [start - 1], "both": [start - 1, start]}[position]
             with torch.no_grad():
                 expected = [
-                    m(torch.tensor([tokens]), output_hidden_states=True).hidden_states[-1][0, at]
+                    m(torch.tensor([tokens]), output_hidden_states=True).hidden_states[-1][0, at : at + k]
                     for m in (assistant, model)
+                    for at in starts
                 ]
             torch.testing.assert_close(inputs.features[0], torch.cat(expected, dim=-1), atol=1e-4, rtol=1e-4)
             # An untrained judge accepts nothing: the next cycle begins after the matches and the target's token.
