@@ -12,7 +12,7 @@ from typing import Any
 STATE_POSITIONS = ("candidate", "previous", "both")
 # What verification knows of a candidate besides the states: see `features.logit_features`.
 LOGIT_FEATURES = ("log_probability", "gap_to_best", "log_rank", "entropy")
-DEFAULT_THRESHOLDS = {"linear": 0.5, "top_k": 0.6}
+DEFAULT_THRESHOLDS = {"linear": 0.5, "top_k": 0.6, "margin": 0.9, "entropy": 0.91, "kl": 0.5}
 
 # How a response was decoded, as far as it changes which candidates are mismatches, with the values of plain greedy
 # decoding. A judge records the settings it was mined under; decoding compares its own with them.
@@ -58,7 +58,8 @@ class JudgeConfig:
 
     Args:
         judge_type (`str`, *optional*, defaults to `"linear"`):
-            Which judge: `"linear"` (learned) or `"top_k"` (training-free).
+            Which judge: `"linear"` (learned), or one that needs no training: `"top_k"`, `"margin"`, `"entropy"`,
+            `"kl"`.
         hidden_size (`int`, *optional*):
             Width of the target's last hidden state, in floats; `None` if the judge doesn't read it.
         assistant_hidden_size (`int`, *optional*):
@@ -71,8 +72,8 @@ class JudgeConfig:
             log-probability (nats), its distance to the best token's, the logarithm of its rank, and the entropy
             (nats). Costs one softmax over the candidates' positions per cycle.
         threshold (`float`, *optional*):
-            A mismatch is accepted when its importance score, in [0, 1], is below. Defaults to 0.5 (linear) or 0.6
-            (top_k: the target's two best tokens).
+            A mismatch is accepted when its importance score, in [0, 1], is below. What a score means, the judge's
+            class says. Defaults to 0.5 (linear, kl), 0.6 (top_k), 0.9 (margin) or 0.91 (entropy).
         base_model_name_or_path, base_model_revision (`str`, *optional*):
             The target, by Hub id or base name, and its commit.
         assistant_model_name_or_path, assistant_model_revision (`str`, *optional*):

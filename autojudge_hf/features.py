@@ -17,11 +17,14 @@ class JudgeInputs(NamedTuple):
             position.
         features (`torch.FloatTensor` of shape `(b, k, f)`): hidden states in fp32, the assistant's first, then the
             target's, then the logit features; `f` is `JudgeConfig.num_features`, and 0 for a judge that reads none.
+        assistant_logits (`torch.FloatTensor` of shape `(b, k, v)`, *optional*): the processed logits that the
+            candidates were drafted from, for a judge that reads them.
     """
 
     candidate_ids: torch.Tensor
     target_logits: torch.Tensor
     features: torch.Tensor
+    assistant_logits: torch.Tensor | None = None
 
 
 def judge_inputs(
@@ -31,6 +34,7 @@ def judge_inputs(
     assistant_states: torch.Tensor | None,
     state_position: str,
     with_logit_features: bool = False,
+    assistant_logits: torch.Tensor | None = None,
 ) -> JudgeInputs:
     """Selects and joins what belongs to each candidate.
 
@@ -44,6 +48,7 @@ def judge_inputs(
         state_position (`str`): `"candidate"` takes the states that encode the candidates (the last k positions),
             `"previous"` those that predicted them (the first k), `"both"` joins these two, the previous one first.
         with_logit_features (`bool`, *optional*, defaults to `False`): whether `logit_features` follow the states.
+        assistant_logits (`torch.FloatTensor` of shape `(b, k, v)`, *optional*): what the draft was made from.
     """
     k = candidate_ids.shape[1]
     previous, candidate = slice(0, k), slice(1, k + 1)
@@ -54,7 +59,7 @@ def judge_inputs(
     if with_logit_features:
         states.append(logit_features(candidate_ids, target_logits[:, :k]))
     empty = torch.empty(*candidate_ids.shape, 0, device=device)
-    return JudgeInputs(candidate_ids, target_logits[:, :k], torch.cat([empty, *states], dim=-1))
+    return JudgeInputs(candidate_ids, target_logits[:, :k], torch.cat([empty, *states], dim=-1), assistant_logits)
 
 
 def logit_features(candidate_ids: torch.LongTensor, target_logits: torch.Tensor) -> torch.Tensor:

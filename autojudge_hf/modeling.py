@@ -32,6 +32,8 @@ class Judge(nn.Module):
     judge_type: str
     #: Whether the score depends on hidden states, so that verification has to keep them.
     reads_states = False
+    #: Whether it depends on the distributions that candidates are drafted from, so that drafting has to keep them.
+    reads_assistant_logits = False
 
     def __init__(self, config: JudgeConfig):
         super().__init__()
@@ -138,7 +140,64 @@ class TopKJudge(Judge):
         return torch.where(logit.squeeze(2).isfinite(), score, torch.nan)
 
 
-JUDGES: dict[str, type[Judge]] = {judge.judge_type: judge for judge in (LinearJudge, TopKJudge)}
+class MarginJudge(Judge):
+    """Training-free: a candidate is the less important the closer its probability comes to the best token's.
+
+    With p the target's distribution, the score is 1 - p(candidate) / max p: a threshold t accepts what is more than
+    1 - t times as likely as the best token. The default of 0.9 asks for a tenth.
+    """
+
+    judge_type = "margin"
+
+    def forward(self, inputs: JudgeInputs) -> torch.Tensor:
+        candidate = inputs.target_logits.gather(2, inputs.candidate_ids[..., None]).squeeze(2)
+        return _one_minus_exp(candidate - inputs.target_logits.amax(dim=-1))
+
+
+class EntropyJudge(Judge):
+    """Training-free: typical acceptance (Medusa, arXiv 2401.10774, section 2.3.1).
+
+    With p the target's distribution and H its entropy in nats, a candidate is accepted if p(candidate) exceeds
+    min(e, sqrt(e) exp(-H)). The largest e for which it is still accepted is max(p, (p exp(H))^2), and the score is 1
+    less that: a threshold t means e = 1 - t. The default of 0.91 means e = 0.09.
+    """
+
+    judge_type = "entropy"
+
+    def forward(self, inputs: JudgeInputs) -> torch.Tensor:
+        log_p = inputs.target_logits.log_softmax(dim=-1)
+        entropy = torch.special.entr(log_p.exp()).sum(dim=-1)
+        candidate = log_p.gather(2, inputs.candidate_ids[..., None]).squeeze(2)
+        return _one_minus_exp(torch.maximum(candidate, 2 * (candidate + entropy)))
+
+
+class KLJudge(Judge):
+    """Training-free: a mismatch is the less important the closer the two models' distributions are.
+
+    With p the target's distribution and q the assistant's, the score is 1 - exp(-KL(p || q)), over the tokens that
+    both could write. After the idea of arXiv 2601.04766, without its exception for a target that is certain.
+    """
+
+    judge_type = "kl"
+    reads_assistant_logits = True
+
+    def forward(self, inputs: JudgeInputs) -> torch.Tensor:
+        log_p, log_q = inputs.target_logits.log_softmax(dim=-1), inputs.assistant_logits.log_softmax(dim=-1)
+        both = log_p.isfinite() & log_q.isfinite()
+        kl = torch.where(both, log_p.exp() * (log_p - log_q), 0.0).sum(dim=-1)
+        candidate = log_p.gather(2, inputs.candidate_ids[..., None]).squeeze(2)
+        return torch.where(candidate.isfinite(), _one_minus_exp(-kl), torch.nan)
+
+
+def _one_minus_exp(x: torch.Tensor) -> torch.Tensor:
+    """The score 1 - e^x as a logit. A score of 0 is moved up a little, for it to be finite; 1 stays infinite."""
+    x = x.clamp(max=-1e-6)
+    return torch.log(-torch.expm1(x)) - x
+
+
+JUDGES: dict[str, type[Judge]] = {
+    judge.judge_type: judge for judge in (LinearJudge, TopKJudge, MarginJudge, EntropyJudge, KLJudge)
+}
 
 
 class AutoJudge:

@@ -10,8 +10,12 @@ import torch
 from conftest import random_llama, similar_model
 from safetensors.torch import save_file
 
-from autojudge_hf import AutoJudge, Judge, JudgeConfig, LinearJudge, TopKJudge
+from autojudge_hf import AutoJudge, EntropyJudge, Judge, JudgeConfig, KLJudge, LinearJudge, MarginJudge, TopKJudge
 from autojudge_hf.features import JudgeInputs
+from autojudge_hf.verification import harmless
+
+
+TRAINING_FREE = (TopKJudge, MarginJudge, EntropyJudge, KLJudge)
 
 
 @pytest.fixture
@@ -55,10 +59,51 @@ def test_no_machine_paths_in_config_and_card(linear, tmp_path):
         assert "/home" not in text and str(tmp_path) not in text
 
 
-def test_training_free_judge_needs_nothing(tmp_path):
-    judge = AutoJudge.from_config(JudgeConfig(judge_type="top_k"))
+@pytest.mark.parametrize("judge_class", TRAINING_FREE)
+def test_training_free_judges_need_nothing(judge_class, tmp_path):
+    judge = AutoJudge.from_config(JudgeConfig(judge_type=judge_class.judge_type))
     judge.save_pretrained(tmp_path)
-    assert isinstance(AutoJudge.from_pretrained(tmp_path), TopKJudge)
+    loaded = AutoJudge.from_pretrained(tmp_path)
+    assert type(loaded) is judge_class and loaded.config == judge.config
+
+
+def random_inputs(num_candidates=500, vocab=12):
+    torch.manual_seed(0)
+    logits, assistant = torch.randn(2, 1, num_candidates, vocab).mul(3)
+    return JudgeInputs(torch.randint(vocab, (1, num_candidates)), logits, torch.empty(1, num_candidates, 0), assistant)
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.91, 0.99])
+def test_training_free_judges_accept_by_their_rules(threshold):
+    """Each rule as its source puts it, in plain arithmetic on probabilities."""
+    inputs = random_inputs()
+    expected = {"margin": [], "entropy": [], "kl": []}
+    rows = zip(inputs.candidate_ids[0], inputs.target_logits[0].double(), inputs.assistant_logits[0].double())
+    for candidate, target_logits, assistant_logits in rows:
+        p, q = target_logits.softmax(0), assistant_logits.softmax(0)
+        expected["margin"].append(bool(p[candidate] > (1 - threshold) * p.max()))
+        epsilon, entropy = 1 - threshold, -(p * p.log()).sum()
+        expected["entropy"].append(bool(p[candidate] > min(epsilon, epsilon**0.5 * (-entropy).exp())))
+        expected["kl"].append(bool(1 - (-(p * (p / q).log()).sum()).exp() < threshold))
+    for judge_type, accepted in expected.items():
+        judge = AutoJudge.from_config(JudgeConfig(judge_type=judge_type))
+        assert harmless(judge(inputs), threshold)[0].tolist() == accepted
+        assert threshold == 0.1 or 0 < sum(accepted) < len(accepted)
+
+
+@pytest.mark.parametrize("judge_class", TRAINING_FREE)
+def test_training_free_judges_at_the_ends(judge_class):
+    """Equal models, the best token: accepted by the smallest threshold. A forbidden token: by none below 1."""
+    judge = judge_class(JudgeConfig(judge_type=judge_class.judge_type))
+    certain = torch.tensor([[[50.0, -50.0, -torch.inf]]])
+    best = judge(JudgeInputs(torch.tensor([[0]]), certain, torch.empty(1, 1, 0), certain))
+    assert best.isfinite().all() and harmless(best, 0.4).all()
+    forbidden = judge(JudgeInputs(torch.tensor([[2]]), certain, torch.empty(1, 1, 0), certain))
+    assert not harmless(forbidden, 1 - 1e-9).any() and harmless(forbidden, 1.0).all()
+    # The assistant of a pair with padded vocabularies lacks tokens: minus infinity, and no NaN from it.
+    padded = certain.clone()
+    padded[..., 1] = -torch.inf
+    assert not judge(JudgeInputs(torch.tensor([[0]]), certain, torch.empty(1, 1, 0), padded)).isnan().any()
 
 
 def test_top_k_accepts_by_rank():
