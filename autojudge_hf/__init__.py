@@ -5,21 +5,26 @@ from .adapter import install_judge_argument
 from .configuration import JudgeConfig
 from .evaluation import evaluate_judge
 from .generation import JudgeDecoderOnlyOutput, judge_decoding
+from .mined_features import compute_features
 from .mining import mine_mismatches
-from .modeling import AutoJudge, Judge, LinearJudge, TopKJudge
+from .modeling import AutoJudge, EntropyJudge, Judge, KLJudge, LinearJudge, MarginJudge, TopKJudge
 from .trainer import JudgeTrainer
 from .training_args import JudgeTrainingArguments
 
 
 __all__ = [
     "AutoJudge",
+    "EntropyJudge",
     "Judge",
     "JudgeConfig",
     "JudgeDecoderOnlyOutput",
     "JudgeTrainer",
     "JudgeTrainingArguments",
+    "KLJudge",
     "LinearJudge",
+    "MarginJudge",
     "TopKJudge",
+    "compute_features",
     "evaluate_judge",
     "judge_decoding",
     "mine_mismatches",

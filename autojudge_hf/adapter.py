@@ -41,7 +41,8 @@ def _with_judge(generate):
             streamer=arguments.get("streamer"),
             **options,
         )
-        return generate(**arguments, custom_generate=decode, **extra)
+        # `self` first: decorators of `generate` look for it there.
+        return generate(arguments.pop("self"), **arguments, custom_generate=decode, **extra)
 
     wrapper._wraps_judge = True
     return wrapper

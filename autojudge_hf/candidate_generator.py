@@ -32,6 +32,7 @@ class JudgeCandidateGenerator(CandidateGenerator):
         eos_token_ids (`set[int]`): the target's. A draft ends when every row has one.
         output_states (`bool`, *optional*, defaults to `False`): whether to keep the assistant's hidden states; the
             state of the last candidate costs one more pass per cycle.
+        output_logits (`bool`, *optional*, defaults to `False`): whether to return the logits of a greedy draft, too.
         cache (`Cache`, *optional*): the assistant's keys and values of a prefix of the first `input_ids`.
     """
 
@@ -44,6 +45,7 @@ class JudgeCandidateGenerator(CandidateGenerator):
         do_sample: bool,
         eos_token_ids: set[int],
         output_states: bool = False,
+        output_logits: bool = False,
         cache: Cache | None = None,
     ):
         self.assistant_model = assistant_model
@@ -51,6 +53,7 @@ class JudgeCandidateGenerator(CandidateGenerator):
         self.do_sample = do_sample
         self.eos_token_ids = eos_token_ids
         self.output_states = output_states
+        self.output_logits = output_logits or do_sample
         self.vocab_size, self.target_vocab_size = vocab_size(assistant_model), vocab_size(target_model)
         self.cache = rewindable_cache(assistant_model) if cache is None else cache
         #: The assistant's last hidden states of the last draft, from the last committed token to the last candidate:
@@ -58,7 +61,7 @@ class JudgeCandidateGenerator(CandidateGenerator):
         self.states: torch.Tensor | None = None
         #: How many candidates of each row are real; `None`: all of them.
         self.lengths: list[int] | None = None
-        self._length = 0
+        self._length = self.cache.get_seq_length()
 
     def get_candidates(
         self,
@@ -78,7 +81,7 @@ class JudgeCandidateGenerator(CandidateGenerator):
 
         Returns:
             `(candidate_input_ids, logits)`: the tokens followed by `k` candidates, shape `(b, n + k)`; and the
-            processed logits that they were drawn from, shape `(b, k, v)`, `None` for a greedy draft.
+            processed logits that they were drawn from, shape `(b, k, v)`, where these are kept.
         """
         self._length = input_ids.shape[1]
         limit = self.num_assistant_tokens if max_candidates is None else max_candidates
@@ -93,9 +96,10 @@ class JudgeCandidateGenerator(CandidateGenerator):
                 next_logits = process(candidate_ids, next_logits)
             if self.do_sample:
                 tokens = torch.multinomial(next_logits[:, 0].softmax(dim=-1), num_samples=1)
-                logits.append(next_logits)
             else:
                 tokens = next_logits[:, 0].argmax(dim=-1, keepdim=True)
+            if self.output_logits:
+                logits.append(next_logits)
             if self.output_states:
                 states.append(outputs.states[:, -1:])
             candidate_ids = torch.cat([candidate_ids, tokens], dim=1)
@@ -189,51 +193,3 @@ class PromptLookup(CandidateGenerator):
 
     def shrink(self, rows: Sequence[int], unneeded: int) -> None:
         self.generators = [self.generators[j] for j in rows]
-
-
-class FormerResponse(CandidateGenerator):
-    """Drafts what a former response to the same prompt says where the new one joins it; else asks another drafter.
-
-    Two responses that differ by one token mostly go on alike, at the same place or a few tokens on. For one row.
-
-    Args:
-        former (`list[int]`): prompt and former response.
-        drafter (`JudgeCandidateGenerator`): drafts where they don't agree.
-    """
-
-    # Tokens that must agree, tried in this order.
-    CONTEXTS = (6, 3, 2)
-
-    states = lengths = None
-
-    def __init__(self, former: list[int], drafter: JudgeCandidateGenerator):
-        self.former, self.drafter = former, drafter
-        self._has_drafted = False
-
-    def get_candidates(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        max_candidates: int | None = None,
-        process: Callable[[torch.LongTensor, torch.Tensor], torch.Tensor] | None = None,
-    ) -> tuple[torch.LongTensor, torch.Tensor | None]:
-        """As [`JudgeCandidateGenerator.get_candidates`], greedy."""
-        candidates = self._followers(input_ids[0].tolist())[:max_candidates]
-        self._has_drafted = not candidates
-        if self._has_drafted:
-            return self.drafter.get_candidates(input_ids, attention_mask, max_candidates, process)
-        return torch.cat([input_ids, input_ids.new_tensor([candidates])], dim=1), None
-
-    def rewind(self, num_committed: Sequence[int]) -> None:
-        """Has the other drafter forget, if it drafted: otherwise all it holds was committed before."""
-        if self._has_drafted:
-            self.drafter.rewind(num_committed)
-
-    def _followers(self, tokens: list[int]) -> list[int]:
-        former, n = self.former, len(tokens)
-        for length in self.CONTEXTS:
-            for start in range(max(0, n - 2 * self.CONTEXTS[0] - length), len(former) - length):
-                if former[start : start + length] == tokens[-length:]:
-                    return former[start + length :]
-        # Right behind the token that differs there is no context yet.
-        return former[n:] if former[n - 1 : n] == tokens[-1:] else []

@@ -82,6 +82,11 @@ def checked_judge(
             f"`judge` must be a judge, got {type(judge).__name__}. Load one with `AutoJudge.from_pretrained(...)`."
         )
     config = judge.config
+    if judge.reads_assistant_logits and assistant_model is None:
+        raise ValueError(
+            f"A {judge.judge_type!r} judge reads the assistant's distribution, and prompt lookup has none. Pass an "
+            "`assistant_model`, or use a judge that reads the target's alone, such as `margin`."
+        )
     if config.assistant_hidden_size is not None and assistant_model is None:
         raise ValueError(
             f"The judge reads an assistant's hidden states, of size {config.assistant_hidden_size}, and prompt lookup "
@@ -150,7 +155,9 @@ def check_supported(
     models = [model] if assistant_model is None else [model, assistant_model]
     cache = model_kwargs.get("past_key_values")
     mask = model_kwargs.get("attention_mask")
-    is_padded_right = mask is not None and not mask[:, -1].all()
+    # A single prompt may have gaps: `generate` masks whatever looks like padding in it.
+    is_padded_behind = mask is not None and not mask[:, -1].all()
+    is_padded_behind |= mask is not None and len(mask) > 1 and bool((mask[:, 1:] < mask[:, :-1]).any())
     known = {"past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
     known |= {"output_hidden_states", "output_attentions"}  # also in the config, which is what counts
     other = sorted(k for k, v in model_kwargs.items() if v is not None and k not in known)
@@ -164,8 +171,7 @@ def check_supported(
     reasons = {
         "encoder-decoder models": any(m.config.is_encoder_decoder for m in models),
         "stateful models, which can't take tokens back": any(m._is_stateful for m in models),
-        "prompts padded on the right (set `padding_side='left'`)": is_padded_right,
-        "continuing from a cache with several prompts": len(input_ids) > 1 and cache and cache.get_seq_length() > 0,
+        "prompts padded on the right or within (set `padding_side='left'`)": is_padded_behind,
         "streamers with several prompts": len(input_ids) > 1 and streamer is not None,
         "beam search": (config.num_beams or 1) > 1,
         "`num_return_sequences` above 1": (config.num_return_sequences or 1) > 1,

@@ -116,7 +116,7 @@ def judge_decoding(
     reads_target = judges and judge.reads_states and judge.config.hidden_size is not None
     reads_assistant = judges and judge.reads_states and judge.config.assistant_hidden_size is not None
     rows = Rows(input_ids, model_kwargs.get("attention_mask"))
-    stop = StopRule(stopping_criteria)
+    stop = StopRule(stopping_criteria, input_ids)
     processors = RowProcessors(logits_processor, len(input_ids))
     drafter = candidate_generator
     if drafter is None and assistant_model is None:
@@ -129,6 +129,7 @@ def judge_decoding(
             do_sample=generation_config.do_sample,
             eos_token_ids=stop.eos_token_ids,
             output_states=reads_assistant,
+            output_logits=judges and judge.reads_assistant_logits,
         )
     limits = [max_positions(m) for m in (model, assistant_model) if m is not None]
     max_length = min((limit for limit in limits if limit), default=math.inf)
@@ -175,6 +176,7 @@ def judge_decoding(
                 drafter.states,
                 judge.config.state_position,
                 judge.config.logit_features,
+                assistant_logits,
             )
             is_harmless = harmless(judge(inputs), threshold)
             # Logit features of a candidate that processors forbid are infinite, and no cause for alarm.

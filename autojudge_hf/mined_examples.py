@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-SETTINGS_NAME, LOCK_NAME = "settings.json", ".lock"
+SETTINGS_NAME, LOCK_NAME, CACHE_NAME = "settings.json", ".lock", ".cache"
 
 
 @dataclass
@@ -33,6 +33,19 @@ class MinedExample:
 
     rows: list[dict[str, Any]]
     skipped: str = ""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        if self.skipped:
+            return {"skipped": 1}
+        return {"mismatches": len(self.rows), "important": sum(row["label"] for row in self.rows)}
+
+
+class FinishedExample(NamedTuple):
+    """Of a [`MinedExample`], what a summary needs."""
+
+    counts: dict[str, int]
+    skipped: str
 
 
 class MinedExamples:
@@ -64,6 +77,7 @@ class MinedExamples:
         self.folder = None if output_dir is None else Path(output_dir)
         self.pair = pair
         self.prompts = prompts
+        self._kept: dict[int, MinedExample] = {}
         if self.folder is None:
             return
         settings = {**pair, **identity}
@@ -103,12 +117,17 @@ class MinedExamples:
     def save(self, example_id: int, example: MinedExample) -> None:
         """Raises an `OSError` that says what to do where the disk is full; what was saved before stays."""
         if self.folder is None:
+            self._kept[example_id] = example
             return
         import pyarrow.parquet
 
-        about = {"prompt": self._prompt_hash(example_id), "skipped": example.skipped}
+        about = {
+            "prompt": self._prompt_hash(example_id),
+            "skipped": example.skipped,
+            "counts": json.dumps(example.counts),
+        }
         table = to_dataset(example.rows, self.pair).with_format("arrow")[:].replace_schema_metadata(about)
-        path = self.folder / f"example-{example_id:06d}.parquet"
+        path = self._path(example_id)
         try:
             _write_whole(path, lambda part: pyarrow.parquet.write_table(table, part))
         except OSError as error:
@@ -117,29 +136,44 @@ class MinedExamples:
                 "room, and the same call goes on."
             ) from error
 
-    def load(self) -> dict[int, MinedExample]:
-        """The finished examples among those that the prompts belong to; a damaged file is one to mine again."""
+    def finished(self) -> dict[int, FinishedExample]:
+        """What is known of the examples that are done, by id and in its order; a damaged file is one to mine again."""
+        if self.folder is None:
+            return {i: FinishedExample(x.counts, x.skipped) for i, x in sorted(self._kept.items())}
         import pyarrow
         import pyarrow.parquet
 
-        finished: dict[int, MinedExample] = {}
-        for path in sorted(self.folder.glob("example-*.parquet")) if self.folder else []:
-            example_id = int(path.stem.split("-")[1])
-            if example_id >= len(self.prompts):
+        finished: dict[int, FinishedExample] = {}
+        for path in sorted(self.folder.glob("example-*.parquet"), key=_example_id):
+            if _example_id(path) >= len(self.prompts):
                 continue
             try:
-                table = pyarrow.parquet.read_table(path)
+                about = pyarrow.parquet.read_schema(path).metadata
             except (pyarrow.ArrowException, OSError) as error:
                 logger.warning(f"{path.name} is damaged and will be mined again: {error}")
                 continue
-            about = table.schema.metadata
-            if about[b"prompt"].decode() != self._prompt_hash(example_id):
+            if about[b"prompt"].decode() != self._prompt_hash(_example_id(path)):
                 raise ValueError(
-                    f"{path.name} in {self.folder} was mined from another example {example_id}. Mine another dataset "
-                    "into another folder."
+                    f"{path.name} in {self.folder} was mined from another example {_example_id(path)}. Mine another "
+                    "dataset into another folder."
                 )
-            finished[example_id] = MinedExample(table.to_pylist(), about[b"skipped"].decode())
+            finished[_example_id(path)] = FinishedExample(json.loads(about[b"counts"]), about[b"skipped"].decode())
         return finished
+
+    def dataset(self) -> datasets.Dataset:
+        """All finished examples' rows; of a folder, they stay on disk."""
+        import datasets
+
+        with_rows = [i for i, example in self.finished().items() if example.counts.get("mismatches")]
+        if self.folder is None or not with_rows:
+            return to_dataset([row for i in with_rows for row in self._kept[i].rows], self.pair)
+        paths = [str(self._path(i)) for i in with_rows]
+        return datasets.Dataset.from_parquet(
+            paths, features=features_of(self.pair), cache_dir=str(self.folder / CACHE_NAME)
+        )
+
+    def _path(self, example_id: int) -> Path:
+        return self.folder / f"example-{example_id:06d}.parquet"
 
     def _prompt_hash(self, example_id: int) -> str:
         return hashlib.sha256(str(self.prompts[example_id]).encode()).hexdigest()
@@ -156,11 +190,16 @@ def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
-def to_dataset(rows: list[dict[str, Any]], pair: dict[str, Any]) -> datasets.Dataset:
+def _example_id(path: Path) -> int:
+    return int(path.stem.split("-")[1])
+
+
+def features_of(pair: dict[str, Any]) -> datasets.Features:
+    """The columns, and their types."""
     import datasets
 
     integer, text = datasets.Value("int64"), datasets.Value("string")
-    features = datasets.Features(
+    return datasets.Features(
         {
             "example_id": integer,
             "input_ids": datasets.List(integer),
@@ -171,10 +210,16 @@ def to_dataset(rows: list[dict[str, Any]], pair: dict[str, Any]) -> datasets.Dat
             "candidate_token": text,
             "target_token": text,
             "label": integer,
-            "features": datasets.List(datasets.Value("float32")),
+            "features": datasets.List(datasets.Value(pair["features_dtype"])),
             "pair": text,
         }
     )
+
+
+def to_dataset(rows: list[dict[str, Any]], pair: dict[str, Any]) -> datasets.Dataset:
+    import datasets
+
+    features = features_of(pair)
     constant = json.dumps(pair, sort_keys=True)
     columns = {name: [row[name] for row in rows] for name in features if name != "pair"}
     return datasets.Dataset.from_dict({**columns, "pair": [constant] * len(rows)}, features=features)

@@ -5,29 +5,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from tqdm.auto import tqdm
-from transformers import (
-    EosTokenCriteria,
-    GenerationConfig,
-    LogitsProcessorList,
-    MaxLengthCriteria,
-    StoppingCriteriaList,
-)
 
-from .candidate_generator import FormerResponse, JudgeCandidateGenerator
 from .checks import checked_draft_length
 from .configuration import GREEDY_SETTINGS, STATE_POSITIONS, public_name
-from .features import judge_inputs
-from .forward import Pass, cached_forward, eos_token_ids, hidden_size, max_positions, rewindable_cache, vocab_size
-from .generation import judge_decoding
-from .mined_examples import MinedExample, MinedExamples, to_dataset
+from .forward import eos_token_ids, max_positions
+from .mined_examples import MinedExamples
+from .mined_features import FEATURES_DTYPES, described, feature_layout
+from .search import SemiGreedySearch
 
 
 if TYPE_CHECKING:
@@ -39,9 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Candidates that repeat the former response cost nothing to draft.
-LONGEST_REPETITION = 48
-
 
 def mine_mismatches(
     model: PreTrainedModel,
@@ -51,12 +39,15 @@ def mine_mismatches(
     task: Task,
     *,
     max_new_tokens: int,
-    batch_size: int = 1,
+    batch_size: int = 16,
     output_dir: str | Path | None = None,
     num_assistant_tokens: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
     state_position: str = "candidate",
     assistant_states: bool = False,
     logit_features: bool = False,
+    features_dtype: str | None = "float32",
 ) -> datasets.Dataset:
     """Runs the semi-greedy search (AutoJudge, arXiv 2504.20039, algorithm 1) on every example.
 
@@ -65,7 +56,8 @@ def mine_mismatches(
     mismatch is unimportant and the search goes on from the new response; otherwise it is important and the target's
     token stays. Only positions to the right of the last decision are looked at again.
 
-    Both models decode greedily, whatever their generation configs say; EOS ids are the target's.
+    Both models decode greedily, or sample at `temperature`, whatever their generation configs say; EOS ids are the
+    target's.
 
     Under `accelerate launch` the processes share the examples between them, through `output_dir`, and each returns the
     whole dataset.
@@ -76,22 +68,29 @@ def mine_mismatches(
         dataset (iterable of mappings): the task's examples.
         task (`Task`): prompts, answers, equivalence.
         max_new_tokens (`int`): limit of the whole response, in tokens.
-        batch_size (`int`, *optional*, defaults to 1): examples in flight at once, whose answers are extracted
-            together. The result doesn't depend on it.
+        batch_size (`int`, *optional*, defaults to 16): examples in flight at once: decoded as a batch, and their
+            answers extracted together. An example that is finished makes room for the next. The result doesn't
+            depend on it.
         output_dir (`str` or `Path`, *optional*): where finished examples are kept. The same call with the same
             folder goes on after an interruption.
         num_assistant_tokens (`int`, *optional*): draft length of the (lossless) decoding; changes only the speed.
+        temperature (`float`, *optional*, defaults to 0.0): 0 is greedy. Above, both models draw with the same noise
+            (Gumbel-max), which follows from `seed` and the tokens so far: a mismatch is a difference between the
+            models, not between two throws of dice.
+        seed (`int`, *optional*, defaults to 0): of the noise.
         state_position (`str`, *optional*, defaults to `"candidate"`): see `JudgeConfig`.
         assistant_states (`bool`, *optional*, defaults to `False`): put the assistant's state in front of the
             target's.
         logit_features (`bool`, *optional*, defaults to `False`): put what the target's logits say behind the
             states; see `JudgeConfig`.
+        features_dtype (`str`, *optional*, defaults to `"float32"`): `"float16"` halves the disk space. `None` keeps
+            tokens only, a few hundred bytes a mismatch, and [`compute_features`] finds the features from them.
 
     Returns:
         `datasets.Dataset`: a row a mismatch, in the order of examples and positions, with the columns `example_id`,
         `input_ids` (prompt and response before the mismatch), `prompt_length`, `position` (absolute: the length of
         `input_ids`), `candidate_token_id`, `target_token_id`, `candidate_token`, `target_token`, `label` (1:
-        important), `features` (float32), and the constant `pair`, JSON that says what was mined and how.
+        important), `features`, and the constant `pair`, JSON that says what was mined and how.
 
     Raises:
         ValueError: for a prompt that leaves no room in a model's context, and for an `output_dir` that isn't empty
@@ -102,20 +101,47 @@ def mine_mismatches(
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` must be an int of at least 1, got {value!r}.")
+    if features_dtype not in (*FEATURES_DTYPES, None):
+        raise ValueError(f"`features_dtype` must be one of {[*FEATURES_DTYPES, None]}, got {features_dtype!r}.")
+    if not isinstance(temperature, (int, float)) or not 0.0 <= temperature < math.inf:
+        raise ValueError(f"`temperature` must be 0 (greedy) or a positive number, got {temperature!r}.")
     examples = list(dataset)
-    searcher = _Searcher(
+    draft_length = checked_draft_length(num_assistant_tokens, assistant_model, None).longest
+    prompts = [
+        _prompt_ids(i, example, task, tokenizer, (model, assistant_model), max_new_tokens)
+        for i, example in enumerate(examples)
+    ]
+    layout = feature_layout(state_position, model, assistant_model if assistant_states else None, logit_features)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+    pair = {
+        "target": described(model),
+        "assistant": described(assistant_model),
+        "features": None if features_dtype is None else layout,
+        "features_dtype": features_dtype or "float32",
+        "decoding_settings": {**GREEDY_SETTINGS, **sampling},
+        "task": task.name,
+    }
+    # What a folder of finished examples has to agree on, too: a name doesn't fix the weights.
+    identity = {
+        "max_new_tokens": max_new_tokens,
+        "seed": seed if sampling else None,
+        "eos_token_ids": sorted(eos_token_ids(model)),
+        "target_weights": _fingerprint(model),
+        "assistant_weights": _fingerprint(assistant_model),
+    }
+    search = SemiGreedySearch(
         model,
         assistant_model,
         tokenizer,
         task,
-        max_new_tokens,
-        num_assistant_tokens,
-        state_position,
-        assistant_states,
-        logit_features,
+        max_new_tokens=max_new_tokens,
+        num_assistant_tokens=draft_length,
+        temperature=temperature,
+        seed=seed,
+        state_position=state_position,
+        assistant_states=assistant_states,
+        logit_features=logit_features,
     )
-    prompts = [searcher.prompt_ids(i, example) for i, example in enumerate(examples)]
-    pair = searcher.pair()
     from accelerate import PartialState  # half a second that nobody else should wait for
 
     state = PartialState()
@@ -124,245 +150,55 @@ def mine_mismatches(
             f"{state.num_processes} processes mine together through a folder that all of them see: give `output_dir`."
         )
     with state.main_process_first():
-        store = MinedExamples(output_dir, pair, prompts, searcher.identity(), locks=state.is_main_process)
+        store = MinedExamples(output_dir, pair, prompts, identity, locks=state.is_main_process)
+    counts = Counter()
+    hook = model.register_forward_pre_hook(lambda *_: counts.update({"target forwards": 1}))
     try:
-        mined = store.load()
+        finished = store.finished()
         share = range(state.process_index, len(examples), state.num_processes)
-        waiting = [i for i in share if i not in mined]
-        with tqdm(total=len(mined) + len(waiting), initial=len(mined), desc="mining", unit="problem") as progress:
-            counts = sum(map(_counts, mined.values()), Counter())
-            for i, example in _search_all(searcher, examples, prompts, waiting, batch_size):
+        waiting = [(i, examples[i], prompts[i]) for i in share if i not in finished]
+        total = len(finished) + len(waiting)
+        with tqdm(total=total, initial=len(finished), desc="mining", unit="problem") as progress:
+            for example in finished.values():
+                counts.update(example.counts)
+            for i, example in search(waiting, batch_size):
+                if features_dtype is None:
+                    example.rows = [{**row, "features": []} for row in example.rows]
                 store.save(i, example)
-                mined[i] = example
-                counts += _counts(example)
+                counts.update(example.counts)
                 important = counts["important"] / max(1, counts["mismatches"])
                 progress.set_postfix({**counts, "important": f"{important:.1%}"})
                 progress.update()
-        if state.num_processes > 1:
-            state.wait_for_everyone()
-            mined = store.load()
-            counts = sum(map(_counts, mined.values()), Counter())
+        state.wait_for_everyone()
+        with state.main_process_first():
+            finished, mined = store.finished(), store.dataset()
     finally:
+        hook.remove()
         store.close()
-    if counts["skipped"]:
-        reasons = Counter(example.skipped for example in mined.values() if example.skipped)
+    if reasons := Counter(example.skipped for example in finished.values() if example.skipped):
         listed = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(5))
-        logger.warning(f"{counts['skipped']} of {len(examples)} examples were skipped: {listed}")
-    return to_dataset([row for i in sorted(mined) for row in mined[i].rows], pair)
+        logger.warning(f"{reasons.total()} of {len(examples)} examples were skipped: {listed}")
+    return mined
 
 
-def _search_all(
-    searcher: _Searcher,
-    examples: list[Mapping[str, Any]],
-    prompts: list[list[int]],
-    waiting: list[int],
-    batch_size: int,
-) -> Iterator[tuple[int, MinedExample]]:
-    """Searches the `waiting` examples, `batch_size` at a time; yields each when it is finished."""
-    searches: dict[int, Generator] = {}
-    requests: dict[int, str] = {}
-    while waiting or searches:
-        while waiting and len(searches) < batch_size:
-            i = waiting.pop(0)
-            searches[i] = searcher.search(i, prompts[i])
-            requests[i] = next(searches[i])
-        order = sorted(requests)
-        answers = _extract(searcher.task, [examples[i] for i in order], [requests[i] for i in order])
-        for i, answer in zip(order, answers):
-            finished = None
-            if isinstance(answer, Exception):
-                finished = MinedExample([], f"{type(answer).__name__}: {answer}")
-            else:
-                try:
-                    requests[i] = searches[i].send(answer)
-                except StopIteration as end:
-                    finished = end.value
-            if finished is not None:
-                del searches[i], requests[i]
-                yield i, finished
-
-
-def _extract(task: Task, examples: list[Mapping[str, Any]], texts: list[str]) -> list[Any]:
-    """The answers; where the task fails on an example, its error instead, so that one example can't stop a run."""
-    try:
-        return task.extract_answers(examples, texts)
-    except Exception as error:  # a user's code, which may raise anything
-        if len(examples) == 1:
-            return [error]
-        return [answer for pair in zip(examples, texts) for answer in _extract(task, [pair[0]], [pair[1]])]
-
-
-def _counts(example: MinedExample) -> Counter:
-    if example.skipped:
-        return Counter(skipped=1)
-    return Counter(mismatches=len(example.rows), important=sum(row["label"] for row in example.rows))
-
-
-class _Searcher:
-    """The search on one example at a time, over one pair of models."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        assistant_model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        task: Task,
-        max_new_tokens: int,
-        num_assistant_tokens: int | None,
-        state_position: str,
-        assistant_states: bool,
-        logit_features: bool,
-    ):
-        self.model, self.assistant_model = model, assistant_model
-        self.tokenizer, self.task = tokenizer, task
-        self.max_new_tokens = max_new_tokens
-        self.state_position, self.assistant_states = state_position, assistant_states
-        self.logit_features = logit_features
-        self.draft_length = checked_draft_length(num_assistant_tokens, assistant_model, None).longest
-        self.eos_token_ids = eos_token_ids(model)
-
-    def pair(self) -> dict[str, Any]:
-        """What a judge has to know of where its data come from."""
-        described = {
-            role: {
-                "name": public_name(model.config.name_or_path),
-                "revision": getattr(model.config, "_commit_hash", None),
-                "hidden_size": hidden_size(model),
-                "dtype": str(model.dtype).removeprefix("torch."),
-            }
-            for role, model in (("target", self.model), ("assistant", self.assistant_model))
-        }
-        layout = {
-            "state_position": self.state_position,
-            "hidden_size": hidden_size(self.model),
-            "assistant_hidden_size": hidden_size(self.assistant_model) if self.assistant_states else None,
-            "logit_features": self.logit_features,
-        }
-        return {**described, "features": layout, "decoding_settings": GREEDY_SETTINGS, "task": self.task.name}
-
-    def identity(self) -> dict[str, Any]:
-        """What a folder of finished examples has to agree on, beyond `pair`: a name doesn't fix the weights."""
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "eos_token_ids": sorted(self.eos_token_ids),
-            "target_weights": _fingerprint(self.model),
-            "assistant_weights": _fingerprint(self.assistant_model),
-        }
-
-    def prompt_ids(self, example_id: int, example: Mapping[str, Any]) -> list[int]:
-        ids = self.tokenizer.encode(self.task.prompt(example, self.tokenizer), add_special_tokens=False)
-        for model in (self.model, self.assistant_model):
-            limit = max_positions(model)
-            if limit is not None and len(ids) + self.max_new_tokens > limit:
-                raise ValueError(
-                    f"Example {example_id}: its prompt of {len(ids)} tokens and {self.max_new_tokens} new ones exceed "
-                    f"the {limit} positions of {public_name(model.config.name_or_path)}. Lower `max_new_tokens` or "
-                    "leave the example out."
-                )
-        return ids
-
-    def search(self, example_id: int, prompt: list[int]) -> Generator[str, Any, MinedExample]:
-        """Algorithm 1. Yields responses as text and is sent their answers."""
-        target, assistant = _Prefix(self.model), _Prefix(self.assistant_model)
-        sequence = self._continue(prompt, len(prompt), target, assistant, former=[])
-        reference = yield self._text(sequence, prompt)
-        if reference is None:
-            return MinedExample([], "the target's response has no answer")
-        rows = []
-        position = len(prompt)
-        while (found := assistant.first_difference(sequence, position, vocab_size(self.model))) is not None:
-            position, candidate = found
-            trial, features = self._try(sequence, position, candidate, len(prompt), target, assistant)
-            answer = yield self._text(trial, prompt)
-            important = not self.task.equivalent(answer, reference)
-            rows.append(
-                {
-                    "example_id": example_id,
-                    "input_ids": sequence[:position],
-                    "prompt_length": len(prompt),
-                    "position": position,
-                    "candidate_token_id": candidate,
-                    "target_token_id": sequence[position],
-                    "candidate_token": self.tokenizer.decode([candidate]),
-                    "target_token": self.tokenizer.decode([sequence[position]]),
-                    "label": int(important),
-                    "features": features,
-                }
+def _prompt_ids(
+    example_id: int,
+    example: Mapping[str, Any],
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    models: Iterable[PreTrainedModel],
+    max_new_tokens: int,
+) -> list[int]:
+    ids = tokenizer.encode(task.prompt(example, tokenizer), add_special_tokens=False)
+    for model in models:
+        limit = max_positions(model)
+        if limit is not None and len(ids) + max_new_tokens > limit:
+            raise ValueError(
+                f"Example {example_id}: its prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the "
+                f"{limit} positions of {public_name(model.config.name_or_path)}. Lower `max_new_tokens` or leave the "
+                "example out."
             )
-            if not important:
-                sequence = trial
-            position += 1
-        return MinedExample(rows)
-
-    def _text(self, sequence: list[int], prompt: list[int]) -> str:
-        return self.tokenizer.decode(sequence[len(prompt) :], skip_special_tokens=True)
-
-    def _try(
-        self,
-        former: list[int],
-        position: int,
-        candidate: int,
-        prompt_length: int,
-        target: _Prefix,
-        assistant: _Prefix,
-    ) -> tuple[list[int], np.ndarray]:
-        """The response with `candidate` at `position` of the former one, and what a judge sees of that candidate."""
-        sequence = [*former[:position], candidate]
-        # One pass over the last committed token and the candidate, as in a verification cycle.
-        outputs = target.run(sequence, num_last=2, output_states=True)
-        states = None
-        if self.assistant_states:
-            states = assistant.run(sequence, num_last=2, output_states=True).states[:, -2:]
-        inputs = judge_inputs(
-            torch.tensor([[candidate]], device=self.model.device),
-            outputs.logits[:, -2:],
-            outputs.states[:, -2:],
-            states,
-            self.state_position,
-            self.logit_features,
-        )
-        response = self._continue(sequence, prompt_length, target, assistant, former)
-        return response, inputs.features[0, 0].cpu().numpy()
-
-    def _continue(
-        self, sequence: list[int], prompt_length: int, target: _Prefix, assistant: _Prefix, former: list[int]
-    ) -> list[int]:
-        """The target's greedy continuation, written by the lossless loop on the cached prefix.
-
-        Candidates are what the former response says, where the new one joins it again, or else the assistant's.
-        """
-        max_length = prompt_length + self.max_new_tokens
-        if len(sequence) == max_length or (len(sequence) > prompt_length and sequence[-1] in self.eos_token_ids):
-            return sequence
-        target.rewind(sequence, num_last=1)
-        assistant.rewind(sequence, num_last=1)
-        # Called past `generate`, whose configs could bring processors along: this is plain greedy decoding.
-        criteria = StoppingCriteriaList([MaxLengthCriteria(max_length=max_length)])
-        if self.eos_token_ids:
-            criteria.append(EosTokenCriteria(eos_token_id=sorted(self.eos_token_ids)))
-        drafter = JudgeCandidateGenerator(
-            self.assistant_model,
-            self.model,
-            self.draft_length,
-            do_sample=False,
-            eos_token_ids=self.eos_token_ids,
-            cache=assistant.cache,
-        )
-        output = judge_decoding(
-            self.model,
-            torch.tensor([sequence], device=self.model.device),
-            LogitsProcessorList(),
-            criteria,
-            GenerationConfig(do_sample=False),
-            assistant_model=self.assistant_model,
-            candidate_generator=FormerResponse(former, drafter),
-            num_assistant_tokens=max(self.draft_length, LONGEST_REPETITION),
-            past_key_values=target.cache,
-        )
-        response = output[0].tolist()
-        target.tokens = response[:-1]
-        assistant.tokens = response[: assistant.cache.get_seq_length()]
-        return response
+    return ids
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
@@ -372,45 +208,3 @@ def _fingerprint(model: PreTrainedModel) -> str:
         if not parameter.is_meta:
             digest.update(parameter.detach().flatten()[:4].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-class _Prefix:
-    """A model's cache together with the tokens in it, so that only what changed is computed again."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
-        self.cache = rewindable_cache(model)
-        self.tokens: list[int] = []
-
-    def rewind(self, sequence: list[int], num_last: int) -> None:
-        """Leaves in the cache what it shares with `sequence`, less the last `num_last` tokens."""
-        shared = 0
-        for ours, theirs in zip(self.tokens, sequence[: len(sequence) - num_last]):
-            if ours != theirs:
-                break
-            shared += 1
-        self.cache.crop(-(len(self.tokens) - shared))
-        self.tokens = self.tokens[:shared]
-
-    def run(self, sequence: list[int], num_last: int, output_states: bool = False) -> Pass:
-        """Makes the cache hold `sequence`; outputs cover at least its last `num_last` positions."""
-        self.rewind(sequence, num_last)
-        # Where the target has more tokens than the assistant, any other token will do, as when drafting.
-        tokens = torch.tensor([sequence[len(self.tokens) :]]).clamp(max=vocab_size(self.model) - 1)
-        outputs = cached_forward(self.model, tokens, self.cache, num_logits=num_last, output_states=output_states)
-        self.tokens = list(sequence)
-        return outputs
-
-    def first_difference(self, sequence: list[int], start: int, num_tokens: int) -> tuple[int, int] | None:
-        """The first position from `start` on at which the model's argmax isn't the sequence's, and that argmax.
-
-        Of the model's vocabulary only the first `num_tokens` count: those that the other model has, too.
-        """
-        if start >= len(sequence):
-            return None
-        logits = self.run(sequence[:-1], num_last=len(sequence) - start).logits[0, start - len(sequence) :]
-        choices = logits[:, :num_tokens].argmax(dim=-1).tolist()
-        for position, choice in enumerate(choices, start):
-            if choice != sequence[position]:
-                return position, choice
-        return None

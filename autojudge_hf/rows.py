@@ -13,6 +13,7 @@ from transformers import (
     MaxLengthCriteria,
     PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
     StoppingCriteriaList,
 )
 
@@ -118,23 +119,34 @@ def _numbered(processor: LogitsProcessor, row: int) -> LogitsProcessor:
     return processor
 
 
+class MaxRowLengths(StoppingCriteria):
+    """New tokens that each row may have, where rows differ in that; one row is seen at a time, in [`StopRule`]."""
+
+    def __init__(self, limits: list[int]):
+        self.limits = limits
+
+
 class StopRule:
     """Where a committed block ends a response: at its first prefix that a stopping criterion accepts.
 
     Length and EOS are known for a whole block at once; any other criterion has to see every prefix.
     """
 
-    def __init__(self, criteria: StoppingCriteriaList):
-        self.max_length = min(c.max_length for c in criteria if isinstance(c, MaxLengthCriteria))
+    def __init__(self, criteria: StoppingCriteriaList, prompts: torch.LongTensor):
+        batch_size, columns = prompts.shape
+        max_length = min(c.max_length for c in criteria if isinstance(c, MaxLengthCriteria))
+        limits = [[max_length - columns] * batch_size, *(c.limits for c in criteria if isinstance(c, MaxRowLengths))]
+        self.max_new_tokens = [min(of_row) for of_row in zip(*limits)]
         eos_criteria = [c for c in criteria if isinstance(c, EosTokenCriteria)]
         self.eos_token_ids = {token for c in eos_criteria for token in c.eos_token_id.flatten().tolist()}
         self.others = StoppingCriteriaList(
-            c for c in criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))
+            c for c in criteria if not isinstance(c, (MaxLengthCriteria, MaxRowLengths, EosTokenCriteria))
         )
 
     def room(self, rows: Rows, j: int) -> int:
         """How many tokens active row j may still commit."""
-        return self.max_length - rows.prompts.shape[1] - len(rows.responses[rows.active[j]])
+        row = rows.active[j]
+        return self.max_new_tokens[row] - len(rows.responses[row])
 
     def __call__(self, rows: Rows, j: int, new_tokens: list[int]) -> tuple[int, bool]:
         """How many of active row j's `new_tokens` stay, and whether the response is finished."""

@@ -74,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--num_problems", type=int, default=64)
     parser.add_argument("--num_assistant_tokens", type=int, default=8, help="draft length of our continuations")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1])
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 16])
     args = parser.parse_args()
     torch.set_num_threads(2)
     tokenizer = AutoTokenizer.from_pretrained(PAIR / "target")

@@ -49,7 +49,7 @@ def judged(model, assistant, tokens, max_new_tokens, eos_ids, num_assistant_toke
 
 
 @torch.no_grad()
-def algorithm_1(model, assistant, tokenizer, task, prompt, max_new_tokens, eos_ids):
+def algorithm_1(model, assistant, tokenizer, task, prompt, max_new_tokens, eos_ids, noise=None):
     """The semi-greedy search (arXiv 2504.20039, algorithm 1), `model.generate` for every continuation.
 
     Yields `(position, candidate, target_token, label)`; nothing where the target gives no answer.
@@ -61,6 +61,8 @@ def algorithm_1(model, assistant, tokenizer, task, prompt, max_new_tokens, eos_i
             return prefix
         ids = torch.tensor([prefix])
         options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "repetition_penalty": 1.0}
+        if noise is not None:
+            options["logits_processor"] = [noise]
         return model.generate(ids, max_new_tokens=room, **options)[0].tolist()
 
     def answer(tokens):
@@ -70,7 +72,8 @@ def algorithm_1(model, assistant, tokenizer, task, prompt, max_new_tokens, eos_i
     reference = answer(y)
     t = len(prompt)
     while reference is not None and t < len(y):
-        candidate = logits_after(assistant, y[:t])[-1].argmax().item()
+        logits = logits_after(assistant, y[:t])[-1:]
+        candidate = (logits if noise is None else noise(torch.tensor([y[:t]]), logits)).argmax().item()
         if candidate != y[t]:
             alternative = respond([*y[:t], candidate])
             important = not task.equivalent(answer(alternative), reference)

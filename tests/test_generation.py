@@ -12,6 +12,7 @@ from conftest import MAX_NEW_TOKENS, PROMPT, left_padded, random_llama, scaled_u
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    DynamicCache,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
@@ -78,7 +79,6 @@ def test_lossless_on_random_models(random_pair, num_assistant_tokens):
 
 def test_a_corrupted_cache_is_noticed(random_pair, monkeypatch):
     """A test of the tests above: keys and values of the wrong tokens must change the response."""
-    from transformers import DynamicCache
 
     model, assistant = random_pair
     expected = reference.greedy(model, PROMPT[0].tolist(), 60, eos_ids=())
@@ -373,6 +373,62 @@ def test_assistant_states(random_pair):
             while matches < k and output[start + matches] == tokens[start + matches]:
                 matches += 1
             start += matches + 1
+
+
+def test_a_batch_continues_from_a_cache(random_pair, top_k):
+    """The cache of another call on the same columns; what fills prompts up is at their fronts."""
+    model, assistant = random_pair
+    inputs = left_padded(PROMPTS)
+    whole = model.generate(**inputs, do_sample=False, max_new_tokens=20)
+    cache = DynamicCache(config=model.config)
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    known = {name: tensor[:, :-2] for name, tensor in {**inputs, "position_ids": positions}.items()}
+    with torch.no_grad():
+        model(**known, past_key_values=cache)
+    options = {"do_sample": False, "max_new_tokens": 20, "assistant_model": assistant, "judge": top_k}
+    assert torch.equal(model.generate(**inputs, past_key_values=cache, judge_threshold=0.0, **options), whole)
+    with pytest.raises(ValueError, match="on the right or within"):
+        mask = inputs["attention_mask"].clone()
+        mask[0, 2] = 0
+        model.generate(inputs["input_ids"], attention_mask=mask, **options)
+
+
+@pytest.mark.parametrize("judge_type", ["top_k", "margin", "entropy", "kl"])
+def test_training_free_judges_decode(random_pair, judge_type):
+    model, _ = random_pair
+    judge = AutoJudge.from_config(JudgeConfig(judge_type=judge_type))
+    options = {
+        "do_sample": False,
+        "max_new_tokens": 30,
+        "assistant_model": similar_model(model, noise=0.2),
+        "judge": judge,
+    }
+    inputs = left_padded(PROMPTS)
+    greedy = model.generate(**inputs, do_sample=False, max_new_tokens=30)
+    assert torch.equal(model.generate(**inputs, judge_threshold=0.0, **options), greedy)
+    # A random model's distributions are flat, and what a score means differs: some threshold accepts a part.
+    shares = []
+    for threshold in (0.01, 0.05, 0.2, 0.5, 0.8, 0.95):
+        batch = model.generate(**inputs, judge_threshold=threshold, return_dict_in_generate=True, **options)
+        for i, prompt in enumerate(PROMPTS):
+            alone = model.generate(torch.tensor([prompt]), judge_threshold=threshold, **options)
+            assert alone[0, len(prompt) :].tolist() == batch.sequences[i, inputs["input_ids"].shape[1] :].tolist()
+        shares.append((batch.num_judge_accepted.sum() / (batch.num_candidates - batch.num_matches).sum()).item())
+    assert any(0 < share < 0.9 for share in shares), shares
+
+
+def test_a_kl_judge_reads_what_the_draft_was_made_from(random_pair):
+    model, assistant = random_pair
+    judge, seen = AutoJudge.from_config(JudgeConfig(judge_type="kl")), []
+    judge.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    model.generate(
+        PROMPT, do_sample=False, max_new_tokens=6, assistant_model=assistant, judge=judge, num_assistant_tokens=4
+    )
+    first = model.generate(PROMPT, do_sample=False, max_new_tokens=1)[0].tolist()
+    expected = reference.logits_after(assistant, first + seen[0].candidate_ids[0].tolist())[-5:-1]
+    torch.testing.assert_close(seen[0].assistant_logits[0], expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="'kl' judge.*prompt lookup"):
+        model.generate(PROMPT, do_sample=False, max_new_tokens=6, prompt_lookup_num_tokens=3, judge=judge)
 
 
 def test_counts_add_up(random_pair, linear_judge):

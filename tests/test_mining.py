@@ -2,6 +2,9 @@
 """Mining against a literal transcription of Algorithm 1, on the embedded pair."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import pytest
@@ -9,10 +12,19 @@ import reference
 import torch
 from conftest import MAX_NEW_TOKENS, random_llama, similar_model
 from kill_mining import survives
+from scipy.stats import chisquare
 from transformers import LogitsProcessorList
 
-from autojudge_hf import JudgeConfig, LinearJudge, mine_mismatches
+from autojudge_hf import (
+    JudgeConfig,
+    JudgeTrainer,
+    JudgeTrainingArguments,
+    LinearJudge,
+    compute_features,
+    mine_mismatches,
+)
 from autojudge_hf.features import logit_features
+from autojudge_hf.search import GumbelNoise
 from autojudge_hf.tasks import GSM8K, Task
 
 
@@ -25,6 +37,13 @@ def prompt_ids(tokenizer, problem):
 
 def found(rows):
     return [(r["position"], r["candidate_token_id"], r["target_token_id"], r["label"]) for r in rows]
+
+
+def assert_same(rows, expected):
+    """Features to rounding: it depends on what else is in the batch."""
+    assert found(rows) == found(expected)
+    ours, theirs = (torch.tensor([row["features"] for row in r]) for r in (rows, expected))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -131,12 +150,11 @@ class Script(torch.nn.Module):
 @pytest.mark.slow
 def test_batch_size_changes_nothing(mined, target, draft, tokenizer, train_problems):
     options = {"max_new_tokens": MAX_NEW_TOKENS, "num_assistant_tokens": 5}
-    one = mine_mismatches(target, draft, tokenizer, train_problems[:3], TASK, batch_size=1, **options)
-    rows = [row for row in mined if row["example_id"] < 3]
-    assert found(one) == found(rows)
-    torch.testing.assert_close(
-        torch.tensor(one["features"][:]), torch.tensor([r["features"] for r in rows]), atol=1e-4, rtol=1e-4
-    )
+    rows = [row for row in mined if row["example_id"] < 5]
+    for batch_size in (1, 16):
+        assert_same(
+            mine_mismatches(target, draft, tokenizer, train_problems[:5], TASK, batch_size=batch_size, **options), rows
+        )
 
 
 @pytest.mark.slow
@@ -153,7 +171,7 @@ def test_interrupted_and_resumed(mined, target, draft, tokenizer, train_problems
                 raise KeyboardInterrupt
             return super().extract_answers(examples, texts)
 
-    options = {"max_new_tokens": MAX_NEW_TOKENS, "num_assistant_tokens": 8, "output_dir": folder}
+    options = {"max_new_tokens": MAX_NEW_TOKENS, "num_assistant_tokens": 8, "output_dir": folder, "batch_size": 1}
     with pytest.raises(KeyboardInterrupt):
         mine_mismatches(target, draft, tokenizer, train_problems[:3], Interrupted(), **options)
     finished = sorted(folder.glob("*.parquet"))
@@ -237,6 +255,40 @@ def test_algorithm_1_on_random_models_under_instruct_configs(random_pair):
         assistant.generation_config.update(do_sample=False, repetition_penalty=None, eos_token_id=[30, 31])
 
 
+def test_sampled_mining_is_algorithm_1_under_one_noise(random_pair):
+    noise, expected = GumbelNoise(temperature=0.7, seed=5), []
+    for i, example in enumerate(EXAMPLES):
+        prompt = NumberTokenizer().encode(example["text"], False)
+        task = LastTokens(EXAMPLES)
+        rows = reference.algorithm_1(*random_pair, NumberTokenizer(), task, prompt, 24, (30, 31), noise)
+        expected += [(i, *row) for row in rows]
+    for batch_size in (1, 5):
+        mined = mine_random(random_pair, temperature=0.7, seed=5, batch_size=batch_size)
+        assert [(r["example_id"], *f) for r, f in zip(mined, found(mined))] == expected
+    settings = json.loads(mined[0]["pair"])["decoding_settings"]
+    assert settings["do_sample"] and settings["temperature"] == 0.7
+    assert found(mine_random(random_pair, temperature=0.7, seed=6)) != found(mined)
+
+
+def test_gumbel_noise_draws_from_the_softmax():
+    logits = torch.tensor([[2.0, 0.5, 1.0, -1.0, -torch.inf]])
+    tokens = torch.tensor([[4, 1, 7]])
+    draws = torch.stack([GumbelNoise(0.8, seed)(tokens, logits)[0].argmax() for seed in range(8000)])
+    observed = draws.bincount(minlength=5).numpy()
+    assert observed[4] == 0
+    assert chisquare(observed[:4], 8000 * (logits[0, :4].double() / 0.8).softmax(0).numpy()).pvalue > 0.01
+
+
+def test_gumbel_noise_knows_the_tokens_and_no_padding():
+    logits = torch.zeros(2, 9)
+    noise = GumbelNoise(1.0, seed=0)
+    one, other = noise(torch.tensor([[0, 0, 4, 0, 7], [0, 4, 0, 0, 7]]), logits)
+    assert torch.equal(one, noise(torch.tensor([[4, 0, 7]]), logits[:1])[0])
+    assert not torch.equal(one, other)
+    # A model with fewer tokens sees the same noise on those it has.
+    assert torch.equal(noise(torch.tensor([[4, 0, 7]]), logits[:1, :5])[0], one[:5])
+
+
 def test_assistant_states_come_first(random_pair):
     both, target_only = mine_random(random_pair, assistant_states=True), mine_random(random_pair)
     features = torch.tensor(both["features"][:])
@@ -257,6 +309,39 @@ def test_logit_features_equal_those_of_full_passes(random_pair):
         logits = reference.logits_after(model, row["input_ids"])[-1]
         expected = logit_features(torch.tensor([[row["candidate_token_id"]]]), logits[None, None])[0, 0]
         torch.testing.assert_close(torch.tensor(row["features"][32:]), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("assistant_states", [False, True])
+@pytest.mark.parametrize("state_position", ["candidate", "both"])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_features_are_found_again_from_tokens(random_pair, assistant_states, state_position, temperature):
+    layout = {"state_position": state_position, "logit_features": True}
+    options = {"temperature": temperature, "assistant_states": assistant_states, **layout}
+    mined, tokens = mine_random(random_pair, **options), mine_random(random_pair, features_dtype=None, **options)
+    assert found(tokens) == found(mined) and not any(tokens["features"])
+    with pytest.raises(ValueError, match="tokens only.*compute_features"):
+        JudgeTrainer(JudgeTrainingArguments(output_dir="unused"), tokens)
+    model, assistant = random_pair
+    again = compute_features(tokens, model, assistant if assistant_states else None, **layout)
+    assert_same(again, mined)
+    assert json.loads(again[0]["pair"]) == json.loads(mined[0]["pair"]) and again.features == mined.features
+
+
+def test_half_the_space(random_pair, tmp_path):
+    whole = mine_random(random_pair)
+    half = mine_random(random_pair, features_dtype="float16", output_dir=tmp_path / "mined")
+    for rows in (half, compute_features(whole, random_pair[0], features_dtype="float16")):
+        assert rows.features["features"].feature.dtype == "float16" and found(rows) == found(whole)
+        ours, theirs = torch.tensor(rows["features"][:]), torch.tensor(whole["features"][:])
+        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
+
+
+def test_features_of_another_pair_are_refused(random_pair):
+    mined = mine_random(random_pair)
+    with pytest.raises(ValueError, match="target .* of width 32, got .* of width 48"):
+        compute_features(mined, random_llama(hidden_size=48))
+    with pytest.raises(ValueError, match="features_dtype.*int8"):
+        compute_features(mined, random_pair[0], features_dtype="int8")
 
 
 def test_response_without_answer_is_skipped_and_counted(random_pair, caplog):
@@ -293,7 +378,7 @@ def test_a_damaged_file_is_mined_again(random_pair, tmp_path, caplog):
         content = path.read_bytes()
         path.write_bytes(content[: int(cut * len(content))])
     again = mine_random(random_pair, output_dir=tmp_path / "mined")
-    assert found(again) == found(whole) and again["features"][:] == whole["features"][:]
+    assert_same(again, whole)
     assert caplog.text.count("is damaged and will be mined again") == 2
 
 
@@ -321,10 +406,25 @@ def test_a_folder_has_one_miner(random_pair, tmp_path):
 
 @pytest.mark.slow
 def test_kills_lose_nothing():
-    """`python tests/kill_mining.py` does twenty."""
-    same, left = survives(kills=3)
+    """`python tests/kill_mining.py` does twenty, over more examples."""
+    same, left = survives(kills=3, num_examples=60)
     assert same
     assert left == sorted(left) and left[0] < 60
+
+
+@pytest.mark.slow
+def test_memory_doesnt_grow_with_the_number_of_examples():
+    """Ten times the rows, 270 MB more of them; `python tests/stream_mined.py` does it at the paper's size."""
+    code = "from stream_mined import stream; print(*stream({}, 6144))"
+    peaks = []
+    for num_rows in (1_200, 12_000):
+        result = subprocess.run(
+            [sys.executable, "-c", code.format(num_rows)], capture_output=True, text=True, cwd=Path(__file__).parent
+        )
+        same, peak = result.stdout.split()[-2:]
+        assert same == "True"
+        peaks.append(int(peak))
+    assert peaks[1] - peaks[0] < 130, peaks
 
 
 def test_a_full_disk_loses_nothing(random_pair, tmp_path, monkeypatch):
@@ -357,5 +457,9 @@ def test_bad_input(random_pair, tmp_path):
         mine_random(random_pair, max_new_tokens=0)
     with pytest.raises(ValueError, match="state_position"):
         mine_random(random_pair, state_position="next")
+    with pytest.raises(ValueError, match="temperature.*-0.1"):
+        mine_random(random_pair, temperature=-0.1)
+    with pytest.raises(ValueError, match="features_dtype.*int8"):
+        mine_random(random_pair, features_dtype="int8")
     with pytest.raises(ValueError, match="question"):
         mine_mismatches(*random_pair, NumberTokenizer(), [{"text": "?"}], GSM8K(), max_new_tokens=5)

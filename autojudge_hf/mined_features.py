@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The features of mined mismatches, found again from their tokens."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+
+from .configuration import STATE_POSITIONS, public_name
+from .features import judge_inputs
+from .forward import Pass, hidden_size
+from .mined_examples import to_dataset
+from .prefixes import Prefixes
+
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedModel
+
+
+FEATURES_DTYPES = ("float32", "float16")
+
+
+def compute_features(
+    dataset: datasets.Dataset,
+    model: PreTrainedModel,
+    assistant_model: PreTrainedModel | None = None,
+    *,
+    state_position: str = "candidate",
+    logit_features: bool = False,
+    features_dtype: str = "float32",
+) -> datasets.Dataset:
+    """Finds the features of mined mismatches from their tokens: for rows without any, or to try other ones.
+
+    An example's harmless mismatches are all in its last response, so that one pass serves them; the important ones
+    run as one batch behind what they share with it.
+
+    Args:
+        dataset (`datasets.Dataset`): what `mine_mismatches` returned, whole examples in their order.
+        model (`PreTrainedModel`): the target it was mined with.
+        assistant_model (`PreTrainedModel`, *optional*): the assistant, for its states in front of the target's.
+        state_position, logit_features, features_dtype: as in `mine_mismatches`.
+
+    Returns:
+        `datasets.Dataset`: the same rows with these `features`, and a `pair` that says so.
+
+    Raises:
+        ValueError: for rows of several minings, or of other models.
+    """
+    if state_position not in STATE_POSITIONS:
+        raise ValueError(f"`state_position` must be one of {list(STATE_POSITIONS)}, got {state_position!r}.")
+    if features_dtype not in FEATURES_DTYPES:
+        raise ValueError(f"`features_dtype` must be one of {list(FEATURES_DTYPES)}, got {features_dtype!r}.")
+    pairs = dataset.unique("pair")
+    if len(pairs) != 1:
+        raise ValueError(f"The rows come from {len(pairs)} different minings, expected one.")
+    pair = json.loads(pairs[0])
+    given = {"target": model} if assistant_model is None else {"target": model, "assistant": assistant_model}
+    for role, its_model in given.items():
+        mined, now = pair[role], described(its_model)
+        if any(mined[name] != now[name] for name in ("name", "hidden_size")):
+            raise ValueError(
+                f"The rows were mined with the {role} {mined['name']} of width {mined['hidden_size']}, got "
+                f"{now['name']} of width {now['hidden_size']}. Pass the pair that was mined."
+            )
+        pair[role] = now
+    pair["features"] = feature_layout(state_position, model, assistant_model, logit_features)
+    pair["features_dtype"] = features_dtype
+    temperature = pair["decoding_settings"]["temperature"]
+    tokens = dataset.remove_columns(["features", "pair"]).to_list()
+    rows = []
+    examples = [list(group) for _, group in itertools.groupby(tokens, key=lambda row: row["example_id"])]
+    for example in tqdm(examples, desc="features", unit="problem"):
+        # Each row's last two positions: the token before the candidate, and the candidate.
+        seen = [_last_two_positions(its_model, example) for its_model in given.values()]
+        states = [torch.stack([row.states for row in passes]) for passes in seen]
+        inputs = judge_inputs(
+            torch.tensor([[row["candidate_token_id"]] for row in example], device=model.device),
+            torch.stack([row.logits for row in seen[0]]).float() / temperature,
+            states[0],
+            states[1] if len(states) > 1 else None,
+            state_position,
+            logit_features,
+        )
+        features = inputs.features[:, 0].cpu().numpy()
+        rows += [{**row, "features": values} for row, values in zip(example, features)]
+    return to_dataset(rows, pair)
+
+
+def _last_two_positions(model: PreTrainedModel, rows: list[dict[str, Any]]) -> list[Pass]:
+    """For each row of an example, logits `(2, v)` and states `(2, h)` at its candidate and the token before."""
+    texts = [[*row["input_ids"], row["candidate_token_id"]] for row in rows]
+    last, start = texts[-1], rows[0]["prompt_length"] - 1
+    prefixes = Prefixes(model)
+    outputs = prefixes.run({0: last}, num_last=len(last) - start, output_states=True)
+    found = {}
+    for n, text in enumerate(texts):
+        if text == last[: len(text)]:
+            at = slice(len(text) - 2 - len(last), (len(text) - len(last)) or None)
+            found[n] = Pass(outputs.logits[0, at], outputs.states[0, at], None)
+        else:
+            prefixes.share(0, n)
+    if others := {n: texts[n] for n in range(len(texts)) if n not in found}:
+        outputs = prefixes.run(others, num_last=2, output_states=True)
+        for n, logits, states in zip(others, outputs.logits[:, -2:], outputs.states[:, -2:]):
+            found[n] = Pass(logits, states, None)
+    return [found[n] for n in range(len(texts))]
+
+
+def feature_layout(
+    state_position: str, model: PreTrainedModel, assistant_model: PreTrainedModel | None, logit_features: bool
+) -> dict[str, Any]:
+    """What the features are, in the words of `JudgeConfig`."""
+    return {
+        "state_position": state_position,
+        "hidden_size": hidden_size(model),
+        "assistant_hidden_size": None if assistant_model is None else hidden_size(assistant_model),
+        "logit_features": logit_features,
+    }
+
+
+def described(model: PreTrainedModel) -> dict[str, Any]:
+    """What a judge has to know of a model that its data come from."""
+    return {
+        "name": public_name(model.config.name_or_path),
+        "revision": getattr(model.config, "_commit_hash", None),
+        "hidden_size": hidden_size(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }

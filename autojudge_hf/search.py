@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The semi-greedy search: which mismatches of a pair are important, on several examples at once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
+
+from .candidate_generator import JudgeCandidateGenerator
+from .features import judge_inputs
+from .forward import eos_token_ids, vocab_size
+from .generation import judge_decoding
+from .mined_examples import MinedExample
+from .prefixes import Prefixes
+from .rows import MaxRowLengths
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .tasks import Task
+
+
+# Positions at which the assistant's choice is looked up at once. The next mismatch is mostly nearer.
+SCANNED_POSITIONS = 32
+
+
+@dataclass
+class _Search:
+    """Where the search on one example stands.
+
+    Attributes:
+        trial (`list[int]`): the tokens that the target is to continue: the prompt, then a prefix with a candidate.
+        sequence (`list[int]`): prompt and response, as of the last decision.
+        position (`int`): the first one that isn't decided; where a trial is under way, the candidate's.
+    """
+
+    example_id: int
+    example: Mapping[str, Any]
+    prompt: list[int]
+    trial: list[int]
+    position: int
+    sequence: list[int] | None = None
+    reference: Any = None
+    features: np.ndarray | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+class SemiGreedySearch:
+    """Algorithm 1 of AutoJudge (arXiv 2504.20039) for one pair of models, many examples in flight.
+
+    In every round each example in flight has one trial: one pass of the target over what is new in its prefix, which
+    also gives what a judge would see of the candidate; one lossless continuation, all of them as a batch, drafted by
+    the assistant; and a few passes of the assistant that look for the next mismatch. Prefixes stay cached.
+
+    Args:
+        model, assistant_model (`PreTrainedModel`): the target and the assistant.
+        tokenizer (`PreTrainedTokenizerBase`): theirs.
+        task (`Task`): answers and equivalence.
+        max_new_tokens (`int`): limit of a whole response, in tokens.
+        num_assistant_tokens (`int`): draft length.
+        temperature, seed, state_position, assistant_states, logit_features: see `mine_mismatches`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        assistant_model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        *,
+        max_new_tokens: int,
+        num_assistant_tokens: int,
+        temperature: float,
+        seed: int,
+        state_position: str,
+        assistant_states: bool,
+        logit_features: bool,
+    ):
+        self.model, self.assistant_model = model, assistant_model
+        self.tokenizer, self.task = tokenizer, task
+        self.max_new_tokens = max_new_tokens
+        self.num_assistant_tokens = num_assistant_tokens
+        self.temperature = temperature
+        self.processors = LogitsProcessorList([GumbelNoise(temperature, seed)] if temperature > 0 else [])
+        self.state_position, self.assistant_states = state_position, assistant_states
+        self.logit_features = logit_features
+        self.eos_token_ids = eos_token_ids(model)
+        self._target, self._assistant = Prefixes(model), Prefixes(assistant_model)
+
+    def __call__(
+        self, examples: Iterable[tuple[int, Mapping[str, Any], list[int]]], batch_size: int
+    ) -> Iterator[tuple[int, MinedExample]]:
+        """Searches `(id, example, prompt)`, `batch_size` in flight; yields `(id, result)` as they finish."""
+        waiting, searches = iter(examples), []
+        while True:
+            while len(searches) < batch_size and (new := next(waiting, None)) is not None:
+                searches.append(self._start(*new))
+            if not searches:
+                return
+            self._see_candidates(searches)
+            responses = self._continue(searches)
+            texts = [self._text(s, response) for s, response in zip(searches, responses)]
+            answers = _extract(self.task, [s.example for s in searches], texts)
+            finished: dict[int, MinedExample] = {}
+            for s, response, answer in zip(searches, responses, answers):
+                if reason := self._decide(s, response, answer):
+                    finished[s.example_id] = MinedExample([], reason)
+            searches = [s for s in searches if s.example_id not in finished]
+            found = self._next_mismatches(searches)
+            finished |= {s.example_id: MinedExample(s.rows) for s in searches if s.example_id not in found}
+            searches = [s for s in searches if s.example_id in found]
+            for example_id, example in finished.items():
+                self._target.forget(example_id)
+                self._assistant.forget(example_id)
+                yield example_id, example
+
+    def _start(self, example_id: int, example: Mapping[str, Any], prompt: list[int]) -> _Search:
+        # By itself, for a pass is as wide as its longest row.
+        for prefixes in (self._target, self._assistant):
+            prefixes.run({example_id: prompt[:-1] or prompt}, num_last=1)
+        return _Search(example_id, example, prompt, trial=prompt, position=len(prompt))
+
+    def _see_candidates(self, searches: list[_Search]) -> None:
+        """Runs the candidates through the target behind their prefixes, as a verification cycle would."""
+        trials = {s.example_id: s.trial for s in searches if s.sequence is not None}
+        if not trials:
+            return
+        outputs = self._target.run(trials, num_last=2, output_states=True)
+        states = None
+        if self.assistant_states:
+            states = self._assistant.run(trials, num_last=2, output_states=True).states[:, -2:]
+        inputs = judge_inputs(
+            torch.tensor([trial[-1:] for trial in trials.values()], device=self.model.device),
+            outputs.logits[:, -2:].float() / (self.temperature or 1.0),
+            outputs.states[:, -2:],
+            states,
+            self.state_position,
+            self.logit_features,
+        )
+        features = dict(zip(trials, inputs.features[:, 0].cpu().numpy()))
+        for s in searches:
+            s.features = features.get(s.example_id)
+
+    def _continue(self, searches: list[_Search]) -> list[list[int]]:
+        """The target's greedy continuations of all trials, written by the lossless loop on the cached prefixes."""
+        rooms = {s.example_id: len(s.prompt) + self.max_new_tokens - len(s.trial) for s in searches}
+        trials = {
+            s.example_id: s.trial
+            for s in searches
+            if rooms[s.example_id] > 0 and (s.sequence is None or s.trial[-1] not in self.eos_token_ids)
+        }
+        if not trials:
+            return [s.trial for s in searches]
+        input_ids, attention_mask, cache = self._target.batch(trials, num_last=1)
+        limits = [rooms[i] for i in trials]
+        # Called past `generate`, whose configs could bring processors along.
+        criteria = StoppingCriteriaList(
+            [MaxLengthCriteria(max_length=input_ids.shape[1] + max(limits)), MaxRowLengths(limits)]
+        )
+        if self.eos_token_ids:
+            criteria.append(EosTokenCriteria(eos_token_id=sorted(self.eos_token_ids)))
+        drafter = JudgeCandidateGenerator(
+            self.assistant_model,
+            self.model,
+            self.num_assistant_tokens,
+            do_sample=False,
+            eos_token_ids=self.eos_token_ids,
+            cache=self._assistant.batch(trials, num_last=1)[2],
+        )
+        output = judge_decoding(
+            self.model,
+            input_ids,
+            self.processors,
+            criteria,
+            GenerationConfig(do_sample=False),
+            assistant_model=self.assistant_model,
+            candidate_generator=drafter,
+            num_assistant_tokens=self.num_assistant_tokens,
+            past_key_values=cache,
+            attention_mask=attention_mask,
+        )
+        responses = {}
+        for (i, trial), limit, tokens in zip(trials.items(), limits, output[:, input_ids.shape[1] :].tolist()):
+            ends = (n for n, token in enumerate(tokens, start=1) if token in self.eos_token_ids)
+            responses[i] = trial + tokens[: next(ends, limit)]
+        return [responses.get(s.example_id, s.trial) for s in searches]
+
+    def _decide(self, s: _Search, response: list[int], answer: Any) -> str:
+        """Takes the trial's answer in; returns why the example has to be skipped, if so."""
+        if isinstance(answer, Exception):
+            return f"{type(answer).__name__}: {answer}"
+        if s.sequence is None:
+            s.sequence, s.reference = response, answer
+            return "the target's response has no answer" if answer is None else ""
+        important = not self.task.equivalent(answer, s.reference)
+        candidate, target = s.trial[-1], s.sequence[s.position]
+        s.rows.append(
+            {
+                "example_id": s.example_id,
+                "input_ids": s.trial[:-1],
+                "prompt_length": len(s.prompt),
+                "position": s.position,
+                "candidate_token_id": candidate,
+                "target_token_id": target,
+                "candidate_token": self.tokenizer.decode([candidate]),
+                "target_token": self.tokenizer.decode([target]),
+                "label": int(important),
+                "features": s.features,
+            }
+        )
+        if not important:
+            s.sequence = response
+        s.position += 1
+        return ""
+
+    def _next_mismatches(self, searches: list[_Search]) -> set[int]:
+        """Prepares the next trials: where the assistant's choice first isn't the sequence's. Returns who has one."""
+        found: set[int] = set()
+        while scanned := [s for s in searches if s.example_id not in found and s.position < len(s.sequence)]:
+            ends = {s.example_id: min(s.position + SCANNED_POSITIONS, len(s.sequence)) for s in scanned}
+            read = {s.example_id: s.sequence[: ends[s.example_id] - 1] for s in scanned}
+            longest = max(ends[s.example_id] - s.position for s in scanned)
+            # A token that only the assistant has is no candidate.
+            logits = self._assistant.run(read, num_last=longest).logits[..., : vocab_size(self.model)]
+            for s, row in zip(scanned, logits):
+                choices = self._choices(s.sequence[: ends[s.example_id] - 1], row[s.position - ends[s.example_id] :])
+                pairs = enumerate(zip(choices, s.sequence[s.position :]))
+                difference = next((n for n, (choice, token) in pairs if choice != token), len(choices))
+                s.position += difference
+                if difference < len(choices):
+                    found.add(s.example_id)
+                    s.trial = [*s.sequence[: s.position], choices[difference]]
+        return found
+
+    def _choices(self, tokens: list[int], logits: torch.Tensor) -> list[int]:
+        """The tokens that logits of shape `(n, v)`, the last of which follow `tokens`, choose."""
+        if self.processors:
+            behind = range(len(tokens) - len(logits) + 1, len(tokens) + 1)
+            rows = zip(behind, logits.float().split(1))
+            logits = torch.cat([self.processors(torch.tensor([tokens[:n]]), row) for n, row in rows])
+        return logits.argmax(dim=-1).tolist()
+
+    def _text(self, s: _Search, response: list[int]) -> str:
+        return self.tokenizer.decode(response[len(s.prompt) :], skip_special_tokens=True)
+
+
+def _extract(task: Task, examples: list[Mapping[str, Any]], texts: list[str]) -> list[Any]:
+    """The answers; where the task fails on an example, its error instead, so that one example can't stop a run."""
+    try:
+        return task.extract_answers(examples, texts)
+    except Exception as error:  # a user's code, which may raise anything
+        if len(examples) == 1:
+            return [error]
+        return [answer for pair in zip(examples, texts) for answer in _extract(task, [pair[0]], [pair[1]])]
+
+
+class GumbelNoise(LogitsProcessor):
+    """Sampling as greedy decoding, by the Gumbel-max trick: what is drawn is the best of the noisy logits.
+
+    The noise follows from the seed and the tokens so far. So runs repeat, whatever is in a batch, and two models draw
+    the same token wherever their distributions are alike.
+
+    Args:
+        temperature (`float`): above 0.
+        seed (`int`): another one gives other draws.
+    """
+
+    def __init__(self, temperature: float, seed: int):
+        self.temperature, self.seed = temperature, seed
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        noise = np.stack([self._noise(tokens, scores.shape[1]) for tokens in input_ids.tolist()])
+        return scores / self.temperature + torch.from_numpy(noise).to(scores)
+
+    def _noise(self, tokens: list[int], size: int) -> np.ndarray:
+        # What fills a batch up at the front are zeros, which mustn't matter.
+        start = next((n for n, token in enumerate(tokens) if token != 0), 0)
+        key = hashlib.blake2b(np.array([self.seed, *tokens[start:]]).tobytes(), digest_size=16).digest()
+        return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).gumbel(size=size)
