@@ -6,10 +6,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +37,13 @@ class JudgeTrainerState:
 
     log_history: list[dict[str, Any]] = field(default_factory=list)
     best_metric: float | None = None
+
+
+class _Fit(NamedTuple):
+    C: float
+    auc: float
+    scaler: Any
+    classifier: Any
 
 
 class JudgeTrainer:
@@ -78,28 +85,52 @@ class JudgeTrainer:
 
     def train(self) -> JudgeTrainerState:
         """Fits every C of the grid, keeps the best by validation ROC-AUC, sets the threshold by recall."""
+        fits = self._fits(*self._train, progress="fitting C")
+        self.state.log_history += [{"C": fit.C, "eval_auc": fit.auc} for fit in fits]
+        best = max(fits, key=lambda fit: fit.auc)
+        self.state.best_metric = best.auc
+        self._fold(best)
+        self.judge.config.threshold = self._threshold_by_recall()
+        self.judge.fit_figures = self._figures()
+        self.state.log_history.append({"best_C": best.C, **self.evaluate()})
+        return self.state
+
+    def learning_curve(self, shares: Sequence[float] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)) -> list[dict[str, float]]:
+        """Validation ROC-AUC of judges fitted on parts of the training examples. Where it flattens, mining may stop.
+
+        Args:
+            shares (`Sequence[float]`, *optional*): parts of the training examples, each within the next.
+
+        Returns:
+            `list[dict]` of `num_examples` and `eval_auc`, the best of the C grid; parts with one kind of mismatch only
+            are left out.
+        """
+        ids = np.asarray(self.train_dataset["example_id"])
+        examples = np.random.default_rng(self.args.seed).permutation(np.unique(ids))
+        curve = []
+        for share in tqdm(shares, desc="learning curve", unit="part"):
+            part = examples[: max(1, round(share * len(examples)))]
+            features, labels = (array[np.isin(ids, part)] for array in self._train)
+            if len(np.unique(labels)) == 2:
+                curve.append({"num_examples": len(part), "eval_auc": max(f.auc for f in self._fits(features, labels))})
+        return curve
+
+    def _fits(self, features: np.ndarray, labels: np.ndarray, progress: str | None = None) -> list[_Fit]:
+        """A fit of each C."""
         from sklearn.linear_model import LogisticRegression
         from sklearn.metrics import roc_auc_score
         from sklearn.preprocessing import StandardScaler
 
-        (features, labels), (eval_features, eval_labels) = self._train, self._eval
+        eval_features, eval_labels = self._eval
         scaler = StandardScaler().fit(features)
         scaled, eval_scaled = scaler.transform(features), scaler.transform(eval_features)
-        best = None
-        for c in tqdm(self.args.C_grid, desc="fitting C", unit="fit"):
+        fits = []
+        for c in tqdm(self.args.C_grid, desc=progress, unit="fit", disable=progress is None):
             classifier = LogisticRegression(C=c, class_weight=self.args.class_weight, max_iter=self.args.max_iter)
             classifier.fit(scaled, labels)
             auc = roc_auc_score(eval_labels, classifier.decision_function(eval_scaled))
-            self.state.log_history.append({"C": c, "eval_auc": float(auc)})
-            if best is None or auc > best[0]:
-                best = auc, c, classifier
-        auc, c, classifier = best
-        self.state.best_metric = float(auc)
-        self._fold(scaler, classifier)
-        self.judge.config.threshold = self._threshold_by_recall()
-        self.judge.fit_figures = self._figures()
-        self.state.log_history.append({"best_C": c, **self.evaluate()})
-        return self.state
+            fits.append(_Fit(c, float(auc), scaler, classifier))
+        return fits
 
     def evaluate(self, eval_dataset: datasets.Dataset | None = None) -> dict[str, float]:
         """ROC-AUC, and at the judge's threshold: recall of important mismatches, share of harmless ones accepted."""
@@ -197,6 +228,8 @@ class JudgeTrainer:
 
     def _config(self) -> JudgeConfig:
         pair = json.loads(next(iter(self._pairs)))
+        if pair["features"] is None:
+            raise ValueError("The rows hold tokens only. Give them features first, with `compute_features`.")
         target, assistant = pair["target"], pair["assistant"]
         return JudgeConfig(
             judge_type="linear",
@@ -209,8 +242,9 @@ class JudgeTrainer:
             task=pair["task"],
         )
 
-    def _fold(self, scaler: Any, classifier: Any) -> None:
+    def _fold(self, fit: _Fit) -> None:
         """w' = w / scale and b' = b - w' . mean, so that no scaler is needed when decoding."""
+        scaler, classifier = fit.scaler, fit.classifier
         weight = (classifier.coef_[0] / scaler.scale_).astype(np.float32)
         # From the rounded weights, so that their error is multiplied by distances from the mean only.
         bias = classifier.intercept_[0] - weight.astype(np.float64) @ scaler.mean_
@@ -243,4 +277,5 @@ def _pairs(dataset: datasets.Dataset, name: str) -> set[str]:
         )
     if len(dataset) == 0:
         raise ValueError(f"`{name}` has no rows. Mine more examples.")
-    return set(dataset.unique("pair"))
+    # `Dataset.unique` would copy the whole of a split, under a progress bar.
+    return set(dataset.with_format("arrow")["pair"][:].unique().to_pylist())

@@ -32,7 +32,7 @@ from autojudge_hf.tasks import GSM8K
 
 PAIR = Path(__file__).parent / "tiny_pair"
 MAX_NEW_TOKENS = 320
-THRESHOLDS = (0.005, 0.01, 0.02, 0.04)
+THRESHOLDS = (0.02, 0.05, 0.1, 0.2)
 
 
 def read(name: str, n: int) -> list[dict]:
@@ -49,7 +49,7 @@ def choose_threshold(rows: list[dict]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--output_dir", default="runs/quickstart", help="the judge goes to its subfolder judge")
-    parser.add_argument("--num_mined", type=int, default=100, help="training problems to mine")
+    parser.add_argument("--num_mined", type=int, default=120, help="training problems to mine")
     parser.add_argument("--num_validation", type=int, default=160, help="validation problems for the threshold")
     parser.add_argument("--num_test", type=int, default=40, help="held-out problems for the table")
     parser.add_argument("--num_assistant_tokens", type=int, default=16, help="draft length")
@@ -74,14 +74,17 @@ def main() -> None:
         task,
         max_new_tokens=MAX_NEW_TOKENS,
         num_assistant_tokens=8,
+        state_position="both",
         logit_features=True,
     )
     print(f"   {len(mined)} mismatches, {sum(mined['label']) / len(mined):.1%} of them important")
 
     print("2. Train a judge on the target's hidden states and logits, save it, load it back")
-    trainer = JudgeTrainer(
-        JudgeTrainingArguments(output_dir=judge_dir, overwrite_output_dir=True, validation_size=0.2), mined
+    # Where few important mismatches may pass, the fit has to care about these as much as about the many others.
+    arguments = JudgeTrainingArguments(
+        output_dir=judge_dir, overwrite_output_dir=True, validation_size=0.2, class_weight="balanced"
     )
+    trainer = JudgeTrainer(arguments, mined)
     trainer.train()
     trainer.save_model()
     judge = AutoJudge.from_pretrained(judge_dir)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -46,6 +47,47 @@ def test_help_is_fast(script):
     assert best < 3
 
 
+def test_show_mismatches(tmp_path, tokenizer):
+    """Every mismatch is marked by its label, and what models wrote is text, whatever it looks like."""
+
+    def row(example_id, tokens, position, candidate, target, label):
+        names = {"candidate_token": tokenizer.decode([candidate]), "target_token": tokenizer.decode([target])}
+        ids = {"candidate_token_id": candidate, "target_token_id": target}
+        place = {"example_id": example_id, "prompt_length": 3, "position": position, "input_ids": tokens[:position]}
+        return {**place, **ids, **names, "label": label, "features": [0.0], "pair": "{}"}
+
+    text = tokenizer.encode("a? <b>6 + 7</b> & so on", add_special_tokens=False)
+    rows = [row(0, text, 5, text[5], text[0], 0), row(0, text, 8, text[1], text[8], 1), row(1, text, 6, 9, text[6], 1)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "mined.parquet")
+    command = [
+        "examples/show_mismatches.py",
+        "--data_file",
+        tmp_path / "mined.parquet",
+        "--tokenizer",
+        PAIR / "target",
+    ]
+    result = run(*command, "--output", tmp_path / "page.html")
+    assert result.returncode == 0, result.stderr
+
+    class Page(HTMLParser):
+        text, marks, tags = "", [], set()
+
+        def handle_starttag(self, tag, attributes):
+            self.tags.add(tag)
+            kind = dict(attributes).get("class", "")
+            if tag == "span" and "data-tip" in dict(attributes):
+                self.marks.append(kind.removeprefix("mark "))
+
+        def handle_data(self, data):
+            self.text += data
+
+    page = Page()
+    page.feed((tmp_path / "page.html").read_text())
+    assert page.marks == ["harmless", "important", "important"]
+    assert "b" not in page.tags and "2 problems, 3 mismatches, 66.7% important" in page.text
+    assert tokenizer.decode(text[3:9]) in page.text
+
+
 @pytest.mark.skipif(not GSM8K_DATA.is_dir(), reason="no real GSM8K rows at ../shared/data/gsm8k")
 @pytest.mark.slow
 def test_mine_train_generate_on_real_questions(tmp_path):
@@ -63,6 +105,10 @@ def test_mine_train_generate_on_real_questions(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "eval_auc" in result.stdout
+    curve = ["--data_file", tmp_path / "mined", "--output_dir", tmp_path / "none", "--validation_size", "0.4"]
+    result = run("examples/gsm8k/train.py", *curve, "--learning_curve")
+    assert result.returncode == 0, result.stderr
+    assert "problems  validation ROC-AUC" in result.stdout and not (tmp_path / "none").exists()
     generate = ["examples/gsm8k/generate.py", *pair, "--judge", tmp_path / "judge", "--max_examples", "1"]
     result = run(*generate, "--data_file", GSM8K_DATA / "test.jsonl")
     assert result.returncode == 0, result.stderr
@@ -70,25 +116,26 @@ def test_mine_train_generate_on_real_questions(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_mine_what_one_does(tmp_path):
+def test_processes_mine_what_one_does(tmp_path):
     options = ["--model_name_or_path", PAIR / "target", "--assistant_model_name_or_path", PAIR / "draft"]
-    options += ["--dtype", "float32", "--device_map", "cpu", "--max_new_tokens", "320", "--max_examples", "4"]
+    options += ["--dtype", "float32", "--device_map", "cpu", "--max_new_tokens", "320", "--max_examples", "5"]
     options += ["--data_file", PAIR / "gsm8k_train.jsonl", "--num_assistant_tokens", "8"]
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes"]
     datasets = []
-    for number, prefix in (("1", []), ("2", launch)):
+    for number, prefix in (("1", []), ("2", [*launch, "2"]), ("3", [*launch, "3"])):
         result = run(*prefix, "examples/gsm8k/mine.py", *options, "--output_dir", tmp_path / number)
         assert result.returncode == 0, result.stderr
         assert f"({number} processes)" in result.stdout
         datasets.append(Dataset.from_parquet(str(tmp_path / number / "mismatches.parquet"), cache_dir=str(tmp_path)))
-    one, two = datasets
+    one, *others = datasets
     assert len(one) > 20
-    for column in set(one.column_names) - {"features"}:
-        assert one[column][:] == two[column][:]
-    torch.testing.assert_close(
-        torch.tensor(one["features"][:]), torch.tensor(two["features"][:]), atol=1e-4, rtol=1e-4
-    )
+    for several in others:
+        for column in set(one.column_names) - {"features"}:
+            assert one[column][:] == several[column][:]
+        torch.testing.assert_close(
+            torch.tensor(one["features"][:]), torch.tensor(several["features"][:]), atol=1e-4, rtol=1e-4
+        )
 
 
 PATTERNS = (

@@ -86,6 +86,23 @@ def test_best_C_by_validation_auc_and_history(tmp_path):
     assert final["eval_auc"] == pytest.approx(roc_auc_score(output.label_ids, output.predictions))
 
 
+def test_learning_curve_ends_where_training_does(tmp_path):
+    ours = trainer(tmp_path, made_up(), validation_size=0.25)
+    curve = ours.learning_curve(shares=(0.01, 0.2, 0.6, 1.0))
+    assert [point["num_examples"] for point in curve][-3:] == [9, 27, 45]
+    assert curve[0]["eval_auc"] < curve[-1]["eval_auc"]
+    assert curve[-1]["eval_auc"] == ours.train().best_metric
+
+
+def test_learning_curve_leaves_parts_with_one_kind_out(tmp_path):
+    rows = made_up(num_examples=20)
+    labels = [int(example == 19 or (n % 8 == 0 and example < 10)) for n, example in enumerate(rows["example_id"])]
+    rows = rows.remove_columns("label").add_column("label", labels)
+    ours = trainer(tmp_path, rows, validation_size=0.3)
+    for point in ours.learning_curve(shares=(0.01, 0.1, 1.0)):
+        assert 0.0 <= point["eval_auc"] <= 1.0
+
+
 def test_split_is_by_example(tmp_path):
     ours = trainer(tmp_path, made_up(), validation_size=0.25)
     train, held_out = set(ours.train_dataset["example_id"]), set(ours.eval_dataset["example_id"])

@@ -30,7 +30,9 @@ class Arguments:
     )
     max_new_tokens: int = field(default=512, metadata={"help": "Limit of a whole response, in tokens."})
     num_assistant_tokens: int | None = field(default=None, metadata={"help": "Draft length; changes the speed only."})
-    batch_size: int = field(default=8, metadata={"help": "Problems in flight."})
+    temperature: float = field(default=0.0, metadata={"help": "0: greedy. Above: both models draw with one noise."})
+    seed: int = field(default=0, metadata={"help": "Seed of that noise."})
+    batch_size: int = field(default=16, metadata={"help": "Problems in flight."})
     logit_features: bool = field(
         default=True, metadata={"help": "Judge by the target's logits too, not states alone."}
     )
@@ -72,6 +74,8 @@ def main() -> None:
         GSM8K(num_fewshot=args.num_fewshot, extraction=args.extraction),
         max_new_tokens=args.max_new_tokens,
         num_assistant_tokens=args.num_assistant_tokens,
+        temperature=args.temperature,
+        seed=args.seed,
         batch_size=args.batch_size,
         logit_features=args.logit_features,
         output_dir=folder / "examples",

@@ -7,18 +7,20 @@ python examples/gsm8k/train.py --data_file runs/mined/mismatches.parquet --outpu
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import HfArgumentParser
 
 
 @dataclass
 class Arguments:
-    data_file: str = field(metadata={"help": "Parquet file that mine.py wrote."})
+    data_file: str = field(metadata={"help": "Parquet file that mine.py wrote, or its folder, finished or not."})
     output_dir: str = field(metadata={"help": "Folder the judge is saved to; new or empty."})
     recall: float = field(default=0.9, metadata={"help": "Share of important mismatches the threshold rejects."})
     validation_size: float = field(default=0.1, metadata={"help": "Share of the problems held out."})
     seed: int = field(default=42, metadata={"help": "Seed of the split."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace files in output_dir."})
+    learning_curve: bool = field(default=False, metadata={"help": "Print AUC against problems mined, and stop."})
 
 
 def main() -> None:
@@ -29,8 +31,14 @@ def main() -> None:
     from autojudge_hf import JudgeTrainer, JudgeTrainingArguments
 
     options = vars(args)
-    dataset = Dataset.from_parquet(options.pop("data_file"))
-    trainer = JudgeTrainer(JudgeTrainingArguments(**options), dataset)
+    path, learning_curve = Path(options.pop("data_file")), options.pop("learning_curve")
+    if path.is_dir():
+        path = sorted(path.glob("examples/example-*.parquet"))
+    trainer = JudgeTrainer(JudgeTrainingArguments(**options), Dataset.from_parquet(path))
+    if learning_curve:
+        for point in trainer.learning_curve():
+            print(f"{point['num_examples']:6} problems  validation ROC-AUC {point['eval_auc']:.3f}")
+        return
     trainer.train()
     trainer.save_model()
     for entry in trainer.state.log_history:
