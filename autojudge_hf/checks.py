@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 
 from .configuration import checked_threshold, decoding_settings, public_name
 from .draft_length import ADAPTIVE, DEFAULT_DRAFT_LENGTH, AdaptiveDraftLength, FixedDraftLength
-from .forward import hidden_size, vocab_size
+from .forward import CACHE_NAME, hidden_size, vocab_size
 from .modeling import Judge
 
 
@@ -153,12 +153,12 @@ def check_supported(
 ) -> None:
     """Raises one `ValueError` that lists everything about the call that judge decoding can't do."""
     models = [model] if assistant_model is None else [model, assistant_model]
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE_NAME)
     mask = model_kwargs.get("attention_mask")
     # A single prompt may have gaps: `generate` masks whatever looks like padding in it.
     is_padded_behind = mask is not None and not mask[:, -1].all()
     is_padded_behind |= mask is not None and len(mask) > 1 and bool((mask[:, 1:] < mask[:, :-1]).any())
-    known = {"past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+    known = {CACHE_NAME, "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
     known |= {"output_hidden_states", "output_attentions"}  # also in the config, which is what counts
     other = sorted(k for k, v in model_kwargs.items() if v is not None and k not in known)
     config = generation_config

@@ -13,10 +13,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import GenerateDecoderOnlyOutput
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+# What `generate` calls a cache: `past_key_values` until transformers 5.23.
+CACHE_NAME = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 
 
 @functools.lru_cache
@@ -139,7 +144,9 @@ def cached_forward(
         [`Pass`] of inference tensors (on small models that is a tenth faster than `no_grad`).
     """
     accepted = _forward_parameters(type(model))
-    inputs: dict[str, Any] = {"input_ids": tokens.to(model.device), "past_key_values": cache, "use_cache": True}
+    # A model whose code comes from the Hub may go by the old name for longer.
+    cache_name = "past_key_values" if "past_key_values" in accepted else CACHE_NAME
+    inputs: dict[str, Any] = {"input_ids": tokens.to(model.device), cache_name: cache, "use_cache": True}
     if attention_mask is not None:
         inputs["attention_mask"] = attention_mask.to(model.device)
         if "position_ids" in accepted:

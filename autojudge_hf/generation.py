@@ -15,7 +15,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from .candidate_generator import JudgeCandidateGenerator, PromptLookup
 from .checks import check_supported, checked_draft_length, checked_judge, warn_once
 from .features import judge_inputs
-from .forward import as_normal_tensors, cached_forward, first_layers, max_positions, rewind, shrink
+from .forward import CACHE_NAME, as_normal_tensors, cached_forward, first_layers, max_positions, rewind, shrink
 from .rows import RowProcessors, Rows, StopRule
 from .verification import harmless, verify_greedy, verify_sampled
 
@@ -110,7 +110,7 @@ def judge_decoding(
         assistant_model = first_layers(model, generation_config.assistant_early_exit)
     threshold = checked_judge(judge, judge_threshold, model, assistant_model, generation_config)
 
-    cache = model_kwargs["past_key_values"]
+    cache = model_kwargs[CACHE_NAME]
     cache.activate_past_recording()
     judges = judge is not None and threshold > 0.0
     reads_target = judges and judge.reads_states and judge.config.hidden_size is not None
@@ -224,8 +224,9 @@ def judge_decoding(
     if not generation_config.return_dict_in_generate:
         return sequences
     totals = dict(zip(COUNTS, torch.tensor(counts).T))
-    past_key_values = cache if len(input_ids) == 1 else None
-    return JudgeDecoderOnlyOutput(sequences, **kept.output(), past_key_values=past_key_values, **totals)
+    # A batch's cache has lost the rows that finished first.
+    reusable = {CACHE_NAME: cache} if len(input_ids) == 1 else {}
+    return JudgeDecoderOnlyOutput(sequences, **kept.output(), **reusable, **totals)
 
 
 def _draft_lengths(

@@ -21,7 +21,7 @@ from transformers import (
 
 from .candidate_generator import JudgeCandidateGenerator
 from .features import judge_inputs
-from .forward import eos_token_ids, vocab_size
+from .forward import CACHE_NAME, eos_token_ids, vocab_size
 from .generation import judge_decoding
 from .mined_examples import MinedExample
 from .prefixes import Prefixes
@@ -190,8 +190,8 @@ class SemiGreedySearch:
             assistant_model=self.assistant_model,
             candidate_generator=drafter,
             num_assistant_tokens=self.num_assistant_tokens,
-            past_key_values=cache,
             attention_mask=attention_mask,
+            **{CACHE_NAME: cache},
         )
         responses = {}
         for (i, trial), limit, tokens in zip(trials.items(), limits, output[:, input_ids.shape[1] :].tolist()):

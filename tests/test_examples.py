@@ -93,9 +93,9 @@ def test_show_mismatches(tmp_path, tokenizer):
 def test_mine_train_generate_on_real_questions(tmp_path):
     """The embedded pair writes nonsense here, and the whole way works all the same."""
     pair = ["--model_name_or_path", PAIR / "target", "--assistant_model_name_or_path", PAIR / "draft"]
-    pair += ["--dtype", "float32", "--device_map", "cpu", "--max_new_tokens", "60"]
+    pair += ["--dtype", "float32", "--device_map", "cpu", "--max_new_tokens", "40"]
     mine = ["examples/gsm8k/mine.py", *pair, "--data_file", GSM8K_DATA / "train.jsonl"]
-    mine += ["--max_examples", "12", "--output_dir", tmp_path / "mined", "--extraction", "flexible"]
+    mine += ["--max_examples", "8", "--output_dir", tmp_path / "mined", "--extraction", "flexible"]
     result = run(*mine)
     assert result.returncode == 0, result.stderr
     assert "mismatches" in result.stdout

@@ -25,6 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import autojudge_hf.generation
 from autojudge_hf import AutoJudge, JudgeConfig, JudgeDecoderOnlyOutput, judge_decoding
+from autojudge_hf.forward import CACHE_NAME
 from autojudge_hf.tasks import GSM8K
 
 
@@ -41,22 +42,26 @@ def encode(tokenizer, problem):
 @pytest.mark.slow
 def test_lossless_on_200_held_out_problems(target, draft, tokenizer, test_problems, judge):
     """Equal to plain greedy decoding token for token; a difference must be a tie of the two best logits."""
-    for problem in test_problems[:200]:
-        inputs = encode(tokenizer, problem)
-        expected = target.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
-        got = target.generate(
-            **inputs,
-            do_sample=False,
-            max_new_tokens=MAX_NEW_TOKENS,
-            assistant_model=draft,
-            judge=judge,
-            judge_threshold=0.0,
-            num_assistant_tokens=8,
-        )
-        if not torch.equal(got, expected):
-            first = next(i for i, (a, b) in enumerate(zip(got[0], expected[0])) if a != b)
-            best = reference.logits_after(target, expected[0, :first].tolist())[-1].topk(2).values
-            assert best[0] - best[1] < 1e-5, f"position {first}: {best}"
+    options = {"do_sample": False, "max_new_tokens": MAX_NEW_TOKENS}
+    judged = {"assistant_model": draft, "judge": judge, "judge_threshold": 0.0, "num_assistant_tokens": 8}
+
+    def responses(problems, **more):
+        prompts = [TASK.prompt(problem, tokenizer) for problem in problems]
+        inputs = tokenizer(prompts, return_tensors="pt", add_special_tokens=False, padding=True, padding_side="left")
+        output = target.generate(**inputs, **options, **more)[:, inputs["input_ids"].shape[1] :].tolist()
+        return [row[: row.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in row else row for row in output]
+
+    for start in range(0, 200, 20):
+        problems = test_problems[start : start + 20]
+        expected, got = responses(problems), responses(problems, **judged)
+        for i, problem in enumerate(problems):
+            alone = responses([problem], **judged)[0] if i < 5 else got[i]
+            for response in (got[i], alone):
+                if response != expected[i]:
+                    first = next(n for n, (a, b) in enumerate(zip(response, expected[i])) if a != b)
+                    prompt = encode(tokenizer, problem)["input_ids"][0].tolist()
+                    best = reference.logits_after(target, prompt + expected[i][:first])[-1].topk(2).values
+                    assert best[0] - best[1] < 1e-5, f"position {first}: {best}"
 
 
 @pytest.mark.parametrize("num_assistant_tokens", [1, 5, 16])
@@ -193,8 +198,8 @@ def test_continued_from_a_cache(random_pair, top_k):
     options = {"do_sample": False, "assistant_model": assistant, "judge": top_k, "judge_threshold": 0.0}
     whole = model.generate(PROMPT, max_new_tokens=30, **options)
     first = model.generate(PROMPT, max_new_tokens=12, return_dict_in_generate=True, **options)
-    assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
-    rest = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=18, **options)
+    assert first[CACHE_NAME].get_seq_length() == first.sequences.shape[1] - 1
+    rest = model.generate(first.sequences, **{CACHE_NAME: first[CACHE_NAME]}, max_new_tokens=18, **options)
     assert torch.equal(rest, whole)
 
 
@@ -384,9 +389,10 @@ def test_a_batch_continues_from_a_cache(random_pair, top_k):
     positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     known = {name: tensor[:, :-2] for name, tensor in {**inputs, "position_ids": positions}.items()}
     with torch.no_grad():
-        model(**known, past_key_values=cache)
+        model(**known, **{CACHE_NAME: cache})
     options = {"do_sample": False, "max_new_tokens": 20, "assistant_model": assistant, "judge": top_k}
-    assert torch.equal(model.generate(**inputs, past_key_values=cache, judge_threshold=0.0, **options), whole)
+    got = model.generate(**inputs, **{CACHE_NAME: cache}, judge_threshold=0.0, **options)
+    assert torch.equal(got, whole)
     with pytest.raises(ValueError, match="on the right or within"):
         mask = inputs["attention_mask"].clone()
         mask[0, 2] = 0

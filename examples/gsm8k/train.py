@@ -32,9 +32,8 @@ def main() -> None:
 
     options = vars(args)
     path, learning_curve = Path(options.pop("data_file")), options.pop("learning_curve")
-    if path.is_dir():
-        path = sorted(path.glob("examples/example-*.parquet"))
-    trainer = JudgeTrainer(JudgeTrainingArguments(**options), Dataset.from_parquet(path))
+    files = sorted(path.glob("examples/example-*.parquet")) if path.is_dir() else [path]
+    trainer = JudgeTrainer(JudgeTrainingArguments(**options), Dataset.from_parquet([str(file) for file in files]))
     if learning_curve:
         for point in trainer.learning_curve():
             print(f"{point['num_examples']:6} problems  validation ROC-AUC {point['eval_auc']:.3f}")

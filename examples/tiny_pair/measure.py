@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from autojudge_hf import AutoJudge, JudgeConfig, evaluate_judge, mine_mismatches
+from autojudge_hf.forward import cached_forward
 from autojudge_hf.tasks import GSM8K
 
 
@@ -52,12 +53,12 @@ def accuracy_and_length(model, tokenizer, examples: list[dict], name: str) -> tu
 def milliseconds(model, num_tokens: int, repeats: int = 100) -> float:
     """Median time of one forward of `num_tokens` behind 200 cached ones."""
     cache = DynamicCache(config=model.config)
-    model(torch.randint(100, 1000, (1, 200)), past_key_values=cache)
+    cached_forward(model, torch.randint(100, 1000, (1, 200)), cache)
     times = []
     for _ in range(repeats + 10):
         tokens = torch.randint(100, 1000, (1, num_tokens))
         started = time.perf_counter()
-        model(tokens, past_key_values=cache)
+        cached_forward(model, tokens, cache, num_logits=num_tokens)
         times.append(time.perf_counter() - started)
         cache.crop(-num_tokens)
     return 1000 * statistics.median(times[10:])
@@ -73,10 +74,9 @@ def state_gap(dtype: torch.dtype, rows: list[dict]) -> float:
         start, states = row["position"] - 1, []
         for length in (2, 17):
             cache = DynamicCache(config=model.config)
-            model(tokens[:, :start], past_key_values=cache)
+            cached_forward(model, tokens[:, :start], cache)
             block = tokens[:, start : start + length]
-            outputs = model(block, past_key_values=cache, output_hidden_states=True)
-            states.append(outputs.hidden_states[-1][0, 1].float())
+            states.append(cached_forward(model, block, cache, output_states=True).states[0, 1].float())
         gaps.append(((states[0] - states[1]).norm() / states[1].norm()).item())
     return statistics.mean(gaps)
 
