@@ -345,13 +345,17 @@ def problems(split: str, seed: int, plain: bool = False) -> Iterator[dict[str, s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--task", choices=["gsm8k"], default="gsm8k")
+    parser.add_argument("--task", choices=["gsm8k", "livecodebench"], default="gsm8k")
     parser.add_argument("--split", choices=list(SPLITS), required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--n", type=int, required=True, help="number of problems")
     parser.add_argument("--out", required=True, help="JSONL file to write")
     args = parser.parse_args()
     stream = problems(args.split, args.seed)
+    if args.task == "livecodebench":
+        from make_programs import programs
+
+        stream = programs(args.split, args.seed)
     with open(args.out, "w", encoding="utf-8") as file:
         for _ in range(args.n):
             file.write(json.dumps(next(stream)) + "\n")

@@ -5,8 +5,8 @@
     python examples/tiny_pair/train_pair.py target
     python examples/tiny_pair/train_pair.py draft
 
-Every batch is fresh: lists to copy at first, then word problems of the `lm` split, which shares no problem with those
-that are mined or tested. The loss is on the responses only.
+Every batch is fresh: lists to copy at first, then word problems and programs of the `lm` split, which shares no
+problem with those that are mined or tested. The loss is on the responses only.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from pathlib import Path
 
 import torch
 from make_problems import problems
+from make_programs import programs
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from autojudge_hf.tasks import GSM8K
+from autojudge_hf.tasks import GSM8K, LiveCodeBench
+from autojudge_hf.tasks.livecodebench import SYSTEM as SYSTEM_PROMPT
 
 
 HERE = Path(__file__).parent
-BEGIN, END, USER, ASSISTANT = "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"
+BEGIN, END, SYSTEM, USER, ASSISTANT = "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -61,6 +63,7 @@ SHAPES = {
 COPY_STEPS = {"target": 800, "draft": 600}
 PLAIN_STEPS = {"target": 500, "draft": 400}
 FREE_STEPS = {"target": 1600, "draft": 1500}
+PROGRAM_SHARE = 0.3
 IGNORE = -100
 
 
@@ -92,12 +95,13 @@ def sums(rng: random.Random) -> str:
 
 
 def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: every word of the word problems is one token, any other text (Python too) a few."""
-    stream = problems("lm", seed)
-    task, corpus = GSM8K(), []
+    """Byte-level BPE: every word of both tasks is one token, any other text a few."""
+    stories, programming = problems("lm", seed), programs("lm", seed)
+    gsm8k, livecodebench, corpus = GSM8K(), LiveCodeBench(), []
     for _ in range(4000):
-        example = next(stream)
-        corpus += [task.instruction(example), response(example["answer"])]
+        story, program = next(stories), next(programming)
+        corpus += [gsm8k.instruction(story), response(story["answer"])]
+        corpus += [SYSTEM_PROMPT, livecodebench.instruction(program), program["answer"]]
     corpus += [f"{n} {n}" for n in range(100)] * 300
     for name in PYTHON_MODULES:
         corpus.append(inspect.getsource(importlib.import_module(name)))
@@ -111,7 +115,7 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=1024,
-        special_tokens=[BEGIN, END, USER, ASSISTANT],
+        special_tokens=[BEGIN, END, SYSTEM, USER, ASSISTANT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -132,18 +136,22 @@ def batches(
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """Endless `(input_ids, labels)` of similar lengths, labels shifted, -100 outside the responses.
 
-    A third of the plain rows are sums.
+    A third of the rows that aren't programs are sums if `plain`, else all are word problems.
     """
-    stream, task, rng = problems("lm", seed, plain), GSM8K(), random.Random(seed)
+    stories, programming, rng = problems("lm", seed, plain), programs("lm", seed, plain), random.Random(seed)
+    gsm8k, livecodebench = GSM8K(), LiveCodeBench()
     while True:
         rows = []
         for _ in range(32 * batch_size):
-            if plain and rng.random() < 1 / 3:
+            if rng.random() < PROGRAM_SHARE:
+                example = next(programming)
+                prompt, answer = livecodebench.prompt(example, tokenizer), example["answer"]
+            elif plain and rng.random() < 1 / 3:
                 answer, messages = sums(rng), [{"role": "user", "content": "Do some sums."}]
                 prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             else:
-                example = next(stream)
-                prompt, answer = task.prompt(example, tokenizer), response(example["answer"])
+                example = next(stories)
+                prompt, answer = gsm8k.prompt(example, tokenizer), response(example["answer"])
             prompt = tokenizer.encode(prompt, add_special_tokens=False)
             reply = tokenizer.encode(answer + END, add_special_tokens=False)
             rows.append((prompt + reply, [IGNORE] * len(prompt) + reply))
