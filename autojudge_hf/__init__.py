@@ -10,6 +10,7 @@ from .mining import mine_mismatches
 from .modeling import AutoJudge, EntropyJudge, Judge, KLJudge, LinearJudge, MarginJudge, TopKJudge
 from .trainer import JudgeTrainer
 from .training_args import JudgeTrainingArguments
+from .version import __version__ as __version__
 
 
 __all__ = [
@@ -29,6 +30,4 @@ __all__ = [
     "judge_decoding",
     "mine_mismatches",
 ]
-__version__ = "0.1.0"
-
 install_judge_argument()

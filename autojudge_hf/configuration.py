@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import PurePath
 from typing import Any
 
+from .version import __version__
+
 
 STATE_POSITIONS = ("candidate", "previous", "both")
 # What verification knows of a candidate besides the states: see `features.logit_features`.
@@ -134,7 +136,7 @@ class JudgeConfig:
         return self.num_state_features + (len(LOGIT_FEATURES) if self.logit_features else 0)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "autojudge_hf_version": __version__}
 
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
@@ -142,16 +144,23 @@ class JudgeConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> JudgeConfig:
         if not isinstance(values, dict) or "judge_type" not in values:
+            what = (
+                f", but a {values['model_type']!r} model's"
+                if isinstance(values, dict) and "model_type" in values
+                else ""
+            )
             raise ValueError(
-                "This config.json isn't a judge's: it has no `judge_type`. Expected a file that a judge's "
+                f"This config.json isn't a judge's{what}: it has no `judge_type`. Expected a file that a judge's "
                 "`save_pretrained` wrote."
             )
+        values = dict(values)
+        version = values.pop("autojudge_hf_version", __version__)
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(
-                f"The judge's config has fields that this version of autojudge_hf doesn't know: {unknown}. "
-                "Install a newer version: pip install --upgrade autojudge_hf"
+                f"The judge's config has fields that autojudge_hf {__version__} doesn't know: {unknown}. It was "
+                f"written by version {version}: install that one or a newer one."
             )
         return cls(**values)
 

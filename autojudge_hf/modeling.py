@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import tempfile
@@ -10,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from .configuration import JudgeConfig
 from .features import JudgeInputs
+from .hub import find_file, full_repo_id, push_folder
 from .model_card import render_custom_generate, render_judge_card
 
 
@@ -73,16 +74,35 @@ class Judge(nn.Module):
             (custom_generate / name).write_text(text, encoding="utf-8")
 
     def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, token: str | None = None, commit_message: str | None = None
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload judge",
+        subfolder: str = "",
     ) -> str:
-        """Uploads the judge in one commit; returns the commit's address."""
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        """Uploads what [`~Judge.save_pretrained`] writes, in one commit.
+
+        Args:
+            repo_id (`str`): Hub repository, made if there is none; without a name in front it is the user's own.
+            private (`bool`, *optional*): whether a new repository is private; default: the account's setting.
+            token (`str` or `bool`, *optional*): default: the one of `hf auth login`.
+            commit_message (`str`, *optional*, defaults to `"Upload judge"`).
+            subfolder (`str`, *optional*): where in a collection of judges. `custom_generate=` finds those at the top.
+
+        Returns:
+            `str`: the commit's address.
+
+        Raises:
+            OSError: where the Hub refuses or can't be reached; the repository then stays as it was.
+        """
+        repo_id = full_repo_id(repo_id, token)
         with tempfile.TemporaryDirectory() as folder:
             self._write(Path(folder), judge_id=repo_id)
-            return api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message=commit_message or "Upload judge"
-            ).commit_url
+            return push_folder(
+                Path(folder), repo_id, private=private, token=token, commit_message=commit_message, subfolder=subfolder
+            )
 
 
 class LinearJudge(Judge):
@@ -244,44 +264,23 @@ class AutoJudge:
             ValueError: where a file's content isn't a judge's; a tensor that is missing, left over, misshapen or not
                 finite is named, all of them at once.
         """
-        files = {
-            name: _resolve_file(
-                str(pretrained_model_name_or_path), name, subfolder, revision, token, cache_dir, local_files_only
-            )
-            for name in (CONFIG_NAME, WEIGHTS_NAME)
-        }
-        try:
-            values = json.loads(files[CONFIG_NAME].read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"The judge's {CONFIG_NAME} isn't valid JSON: {error}") from None
-        judge = cls.from_config(JudgeConfig.from_dict(values))
-        _load_tensors(judge, files[WEIGHTS_NAME])
-        return judge.eval()
-
-
-def _resolve_file(name_or_path: str, filename: str, subfolder: str, revision, token, cache_dir, local_files_only):
-    folder = Path(name_or_path)
-    if folder.is_absolute() and not folder.is_dir():
-        raise OSError(f"No judge at {name_or_path!r}: expected a folder that `save_pretrained` wrote.")
-    if folder.is_dir():
-        path = folder / subfolder / filename
-        if not path.is_file():
-            raise OSError(
-                f"No {filename} in the judge folder {name_or_path!r}. Expected {CONFIG_NAME} and {WEIGHTS_NAME}, "
-                f"got {sorted(p.name for p in path.parent.glob('*'))}."
-            )
-        return path
-    return Path(
-        hf_hub_download(
-            name_or_path,
-            filename,
-            subfolder=subfolder or None,
+        find = functools.partial(
+            find_file,
+            pretrained_model_name_or_path,
+            subfolder=subfolder,
             revision=revision,
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-    )
+        try:
+            values = json.loads(find(CONFIG_NAME).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"The judge's {CONFIG_NAME} isn't valid JSON: {error}") from None
+        # Before the weights: those of something else may have gigabytes.
+        judge = cls.from_config(JudgeConfig.from_dict(values))
+        _load_tensors(judge, find(WEIGHTS_NAME))
+        return judge.eval()
 
 
 def _load_tensors(judge: Judge, path: Path) -> None:

@@ -3,7 +3,8 @@
 
     python examples/benchmark.py --judge runs/quickstart/judge
 
-Each row is the median of the rounds, so that a busy moment of the machine hits all rows alike.
+Each row is the median of the rounds, so that a busy moment of the machine hits all rows alike, and is compared with a
+row measured just before.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import functools
 import json
 import statistics
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,6 +27,16 @@ from autojudge_hf.tasks import GSM8K
 
 PAIR = Path(__file__).parent / "tiny_pair"
 MAX_NEW_TOKENS = 320
+
+
+class Way(NamedTuple):
+    """A row: `arguments` of `generate`, `settings` of the assistant, and the row it is compared with."""
+
+    name: str
+    batch_size: int
+    arguments: dict[str, Any]
+    settings: dict[str, Any] = {}
+    reference: str = ""
 
 
 @contextlib.contextmanager
@@ -46,7 +58,7 @@ def main() -> None:
     parser.add_argument("--num_problems", type=int, default=16, help="held-out problems, a multiple of 8")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--draft_lengths", type=int, nargs="+", default=[4, 8, 16], help="and adaptive, ours only")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 8], help="the first is compared with")
     args = parser.parse_args()
     torch.set_num_threads(2)
 
@@ -61,40 +73,51 @@ def main() -> None:
         measure_decoding, model, tokenizer, problems, GSM8K(), max_new_tokens=MAX_NEW_TOKENS, do_sample=False
     )
 
-    # Name, batch size, settings of the assistant, arguments of `generate`.
-    ways: list[tuple[str, int, dict, dict]] = [("target alone", b, {}, {}) for b in args.batch_sizes]
-    ways.append(("stock, its defaults", 1, {}, {"assistant_model": draft}))
-    for k in args.draft_lengths:
-        fixed = {"num_assistant_tokens": k, "assistant_confidence_threshold": 0.0}
-        ways.append((f"stock, {k}", 1, fixed, {"assistant_model": draft}))
-        confident = {**fixed, "assistant_confidence_threshold": 0.4}
-        ways.append((f"stock, {k}, stops when unsure", 1, confident, {"assistant_model": draft}))
-        heuristic = {**fixed, "num_assistant_tokens_schedule": "heuristic"}
-        ways.append((f"stock, {k}, its schedule", 1, heuristic, {"assistant_model": draft}))
-    ours = {"assistant_model": draft, "return_dict_in_generate": True}
+    # Rows that are compared stand together, since a machine's speed drifts.
+    ways: list[Way] = [Way("target alone", b, {}, reference="target alone") for b in args.batch_sizes]
+    stock = {"assistant_model": draft}
+    ways.append(Way("stock, its defaults", 1, stock, reference="target alone"))
+    ours = {**stock, "return_dict_in_generate": True}
     for k in [*args.draft_lengths, "adaptive"]:
-        lossless = functools.partial(judge_decoding, assistant_model=draft, num_assistant_tokens=k)
+        lossless = {**ours, "custom_generate": functools.partial(judge_decoding, **stock, num_assistant_tokens=k)}
         judged = {**ours, "judge": judge, "num_assistant_tokens": k}
-        for b in args.batch_sizes:
-            ways.append((f"ours lossless, {k}", b, {}, {**ours, "custom_generate": lossless}))
-            ways.append((f"ours judged, {k}", b, {}, judged))
         # Asks the judge about every mismatch and accepts none: what judging costs.
-        ways.append((f"ours, judge rejects all, {k}", 1, {}, {**judged, "judge_threshold": 1e-12}))
+        rejecting = {**judged, "judge_threshold": 1e-12}
+        beside = "stock, its defaults"
+        if k != "adaptive":
+            fixed = {"num_assistant_tokens": k, "assistant_confidence_threshold": 0.0}
+            unsure = {**fixed, "assistant_confidence_threshold": 0.4}
+            scheduled = {**fixed, "num_assistant_tokens_schedule": "heuristic"}
+            beside = f"stock, {k}"
+            ways.append(Way(f"stock, {k}, stops when unsure", 1, stock, unsure, "target alone"))
+            ways.append(Way(f"stock, {k}, its schedule", 1, stock, scheduled, "target alone"))
+            ways.append(Way(beside, 1, stock, fixed, "target alone"))
+        ways.append(Way(f"ours lossless, {k}", 1, lossless, reference=beside))
+        ways.append(Way(f"ours, judge rejects all, {k}", 1, rejecting, reference=f"ours lossless, {k}"))
+        for b in args.batch_sizes[1:]:
+            ways.append(Way(f"ours lossless, {k}", b, lossless, reference=f"ours lossless, {k}"))
+        for b in args.batch_sizes:
+            ways.append(Way(f"ours judged, {k}", b, judged, reference=f"ours lossless, {k}"))
 
     rows: list[list[dict]] = [[] for _ in ways]
     for number in range(args.rounds):
-        for row, (name, batch_size, settings, arguments) in zip(rows, ways):
-            with assistant_settings(draft, **settings):
-                description = f"round {number + 1}: {name}, batch {batch_size}"
-                row.append(measure(description, batch_size=batch_size, **arguments))
+        for row, way in zip(rows, ways):
+            with assistant_settings(draft, **way.settings):
+                description = f"round {number + 1}: {way.name}, batch {way.batch_size}"
+                row.append(measure(description, batch_size=way.batch_size, **way.arguments))
 
+    speeds = {
+        (way.name, way.batch_size): [result["tokens_per_second"] for result in row] for way, row in zip(ways, rows)
+    }
     print(f"\n{args.num_problems} problems, {args.rounds} rounds, {torch.get_num_threads()} threads, fp32")
-    print(f"{'decoding, draft length':32}  batch  accuracy  tokens/cycle  tokens/s (lowest to highest)")
-    for row, (name, batch_size, _, _) in zip(rows, ways):
-        speeds = [result["tokens_per_second"] for result in row]
+    print("times: the median over rounds of the speed, divided by that of the reference, batch 1, in the same round")
+    print(f"{'decoding, draft length':32}  batch  accuracy  tokens/cycle  tokens/s (from, to)  times  of")
+    for way, row in zip(ways, rows):
+        own, reference = speeds[way.name, way.batch_size], speeds[way.reference, args.batch_sizes[0]]
         print(
-            f"{name:32}  {batch_size:5}  {row[0]['accuracy']:8.1%}  {row[0]['tokens_per_cycle']:12.2f}"
-            f"  {statistics.median(speeds):8.0f} ({min(speeds):.0f} to {max(speeds):.0f})"
+            f"{way.name:32}  {way.batch_size:5}  {row[0]['accuracy']:8.1%}  {row[0]['tokens_per_cycle']:12.2f}"
+            f"  {statistics.median(own):6.0f} ({min(own):5.0f}, {max(own):5.0f})"
+            f"  {statistics.median(a / b for a, b in zip(own, reference)):5.2f}  {way.reference}"
         )
 
 

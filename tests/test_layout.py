@@ -15,11 +15,13 @@ import autojudge_hf
 PACKAGE = ROOT / "autojudge_hf"
 # A file imports only files above it.
 ORDER = [
+    "version",
     "configuration",
     "verification",
     "forward",
     "features",
     "model_card",
+    "hub",
     "modeling",
     "draft_length",
     "checks",
@@ -39,6 +41,8 @@ ORDER = [
     "__init__",
 ]
 SERVING = (
+    "version",
+    "hub",
     "adapter",
     "generation",
     "checks",

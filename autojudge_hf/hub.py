@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of a judge, from a folder or the Hub and back to it; whatever fails is said in one line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+
+# What the client's HTTP library raises for connections that break; which library depends on the client's version.
+HTTPError = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
+# Of these, the earlier come first: some are special cases of the later ones.
+REASONS: tuple[tuple[type[Exception], str], ...] = (
+    (GatedRepoError, "it is gated; accept its conditions on its page on the Hub, and pass a `token` of that account"),
+    (
+        RepositoryNotFoundError,
+        "there is no such repository, or it is private; check the name, and for a private one pass a `token` or run "
+        "`hf auth login`",
+    ),
+    (RevisionNotFoundError, "it has no such `revision`"),
+    (
+        RemoteEntryNotFoundError,
+        "it has no such file, so it isn't a judge; a judge has config.json and model.safetensors",
+    ),
+    (
+        LocalEntryNotFoundError,
+        "the file isn't in the cache, and the Hub can't be reached or may not be asked; check the connection, "
+        "`local_files_only` and HF_HUB_OFFLINE",
+    ),
+    (HFValidationError, "this is neither a folder that exists nor the name of a repository, such as 'user/judge'"),
+)
+
+
+def find_file(name_or_path: str | os.PathLike, filename: str, subfolder: str = "", **options: Any) -> Path:
+    """The path of a judge's file, downloaded first where `name_or_path` isn't a folder.
+
+    Args:
+        options: `revision`, `token`, `cache_dir`, `local_files_only`, as `hf_hub_download` takes them.
+
+    Raises:
+        OSError: for a file that isn't there or can't be had.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        path = folder / subfolder / filename
+        if not path.is_file():
+            found = sorted(p.name for p in path.parent.glob("*"))
+            raise OSError(f"No {filename} in the judge folder {str(name_or_path)!r}, there is {found}.")
+        return path
+    if folder.is_absolute():
+        raise OSError(f"No judge at {str(name_or_path)!r}: expected a folder that `save_pretrained` wrote.")
+    try:
+        return Path(hf_hub_download(str(name_or_path), filename, subfolder=subfolder or None, **options))
+    except (OSError, HTTPError, HFValidationError) as error:
+        wanted = f"{subfolder}/{filename}" if subfolder else filename
+        raise OSError(f"Can't get {wanted} of {str(name_or_path)!r}: {_reason(error)}.") from None
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None,
+    token: str | bool | None,
+    commit_message: str,
+    subfolder: str = "",
+) -> str:
+    """Uploads everything in `folder` in one commit, or nothing; returns the commit's address.
+
+    Raises:
+        OSError: where the Hub refuses or can't be reached. The repository is as it was, but may have been created.
+    """
+    api = HfApi(token=token)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [(Path(subfolder) / path.relative_to(folder)).as_posix() for path in files]
+    operations = [CommitOperationAdd(name, str(path)) for name, path in zip(names, files)]
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return api.create_commit(repo_id, operations, commit_message=commit_message).commit_url
+    except (OSError, HTTPError, RuntimeError, HFValidationError) as error:
+        raise OSError(f"Can't push to {repo_id!r}: {_reason(error)}. Nothing was changed; try again.") from None
+
+
+def full_repo_id(repo_id: str, token: str | bool | None) -> str:
+    """`repo_id` with the user's own name in front where it has none.
+
+    Raises:
+        OSError: where the Hub doesn't know who asks.
+    """
+    if "/" in repo_id:
+        return repo_id
+    try:
+        return f"{HfApi(token=token).whoami()['name']}/{repo_id}"
+    except (OSError, HTTPError) as error:
+        raise OSError(f"Can't push to {repo_id!r} as nobody knows whose it is: {_reason(error)}.") from None
+
+
+def _reason(error: Exception) -> str:
+    """Why the Hub's client failed, without addresses or request ids."""
+    for kind, reason in REASONS:
+        if isinstance(error, kind):
+            return reason
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        meanings = {
+            401: "the token isn't valid",
+            403: "the token's account isn't allowed to",
+            429: "too many requests",
+        }
+        return f"{meanings.get(status, 'the Hub failed')} (HTTP {status})"
+    return f"the connection broke ({type(error).__name__})"
