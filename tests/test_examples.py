@@ -119,7 +119,7 @@ def test_mine_train_generate_on_real_questions(tmp_path):
     pair = ["--model_name_or_path", PAIR / "target", "--assistant_model_name_or_path", PAIR / "draft"]
     pair += ["--dtype", "float32", "--device_map", "cpu", "--max_new_tokens", "40"]
     mine = ["examples/gsm8k/mine.py", *pair, "--data_file", GSM8K_DATA / "train.jsonl"]
-    mine += ["--max_examples", "8", "--output_dir", tmp_path / "mined", "--extraction", "flexible"]
+    mine += ["--max_examples", "5", "--output_dir", tmp_path / "mined", "--extraction", "flexible"]
     result = run(*mine)
     assert result.returncode == 0, result.stderr
     assert "mismatches" in result.stdout
@@ -142,7 +142,7 @@ def test_mine_train_generate_on_real_questions(tmp_path):
 @pytest.mark.slow
 def test_processes_mine_what_one_does(tmp_path):
     options = ["--model_name_or_path", PAIR / "target", "--assistant_model_name_or_path", PAIR / "draft"]
-    options += ["--dtype", "float32", "--device_map", "cpu", "--max_new_tokens", "320", "--max_examples", "5"]
+    options += ["--dtype", "float32", "--device_map", "cpu", "--max_new_tokens", "320", "--max_examples", "3"]
     options += ["--data_file", PAIR / "gsm8k_train.jsonl", "--num_assistant_tokens", "8"]
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes"]

@@ -55,7 +55,7 @@ def test_lossless_on_200_held_out_problems(target, draft, tokenizer, test_proble
         problems = test_problems[start : start + 20]
         expected, got = responses(problems), responses(problems, **judged)
         for i, problem in enumerate(problems):
-            alone = responses([problem], **judged)[0] if i < 5 else got[i]
+            alone = responses([problem], **judged)[0] if i < 2 else got[i]
             for response in (got[i], alone):
                 if response != expected[i]:
                     first = next(n for n, (a, b) in enumerate(zip(response, expected[i])) if a != b)

@@ -103,14 +103,13 @@ import autojudge_hf
 print(time.perf_counter() - start)
 print(*sorted({"sklearn", "evaluate", "datasets", "pandas", "matplotlib"} & (set(sys.modules) - before)))
 """
-    best = float("inf")
     for _ in range(3):
-        lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split(
-            "\n"
-        )
-        assert lines[1] == ""
-        best = min(best, float(lines[0]))
-    assert best < 0.3
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        seconds, heavy = result.stdout.split("\n")[:2]
+        assert heavy == ""
+        if float(seconds) < 0.3:
+            return
+    raise AssertionError(f"{seconds} seconds in the last of three tries")
 
 
 def test_public_names_are_sorted_and_exist():
