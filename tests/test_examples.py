@@ -23,7 +23,7 @@ from make_problems import SPLITS, problems
 
 
 GSM8K_DATA = SHARED_DATA / "gsm8k"
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def run(*arguments, timeout=300):

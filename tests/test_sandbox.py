@@ -54,14 +54,16 @@ def programs():
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left():
-    before = set(os.listdir(tempfile.gettempdir()))
-    yield
+def nothing_is_left(tmp_path_factory):
+    folders = tmp_path_factory.mktemp("sandboxes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(folders))
+        yield
     deadline = time.monotonic() + 5
     while programs() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert programs() == []
-    assert set(os.listdir(tempfile.gettempdir())) <= before
+    assert list(folders.iterdir()) == []
     assert TASK.report(SUM, SOLUTION)["passed"], "the grader is harmed"
 
 
