@@ -28,14 +28,6 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """A file's tests share what they mine, so one process runs them; so it does whatever starts sandboxes to count."""
-    for item in items:
-        runs_programs = item.path.stem in ("test_sandbox", "test_livecodebench", "test_programs")
-        item.add_marker(pytest.mark.xdist_group("programs" if runs_programs else item.path.stem))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)

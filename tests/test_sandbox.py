@@ -41,12 +41,12 @@ def test_isolates_where_the_system_can():
     assert sandbox._mechanism() in ("bwrap", "unshare")
 
 
-def programs():
-    """Processes of sandboxes, by their command lines."""
+def programs(script):
+    """Processes that run `script`, the first one in each sandbox of this test, by their command lines."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if b"sandbox_init.py" in (folder / "cmdline").read_bytes():
+            if os.fsencode(script) in (folder / "cmdline").read_bytes():
                 found.append(folder.name)
         except OSError:  # it has just ended
             pass
@@ -55,14 +55,16 @@ def programs():
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(tmp_path_factory):
-    folders = tmp_path_factory.mktemp("sandboxes")
+    folders, script = tmp_path_factory.mktemp("sandboxes"), tmp_path_factory.mktemp("script") / "init.py"
+    shutil.copy(sandbox.INIT, script)  # a name of its own, since other tests may run programs at the same time
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(folders))
+        patch.setattr(sandbox, "INIT", script)
         yield
     deadline = time.monotonic() + 5
-    while programs() and time.monotonic() < deadline:
+    while programs(script) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert programs() == []
+    assert programs(script) == []
     assert list(folders.iterdir()) == []
     assert TASK.report(SUM, SOLUTION)["passed"], "the grader is harmed"
 
