@@ -3,7 +3,8 @@
 
 from .adapter import install_judge_argument
 from .configuration import JudgeConfig
-from .evaluation import evaluate_judge
+from .dataset_card import push_mismatches_to_hub
+from .evaluation import evaluate_judge, evaluation_summary
 from .generation import JudgeDecoderOnlyOutput, judge_decoding
 from .mined_features import compute_features
 from .mining import mine_mismatches
@@ -27,7 +28,9 @@ __all__ = [
     "TopKJudge",
     "compute_features",
     "evaluate_judge",
+    "evaluation_summary",
     "judge_decoding",
     "mine_mismatches",
+    "push_mismatches_to_hub",
 ]
 install_judge_argument()

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import PurePath
+from types import MappingProxyType, NoneType
 from typing import Any
 
 from .version import __version__
@@ -27,6 +30,31 @@ GREEDY_SETTINGS: dict[str, Any] = {
     "typical_p": 1.0,
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
+}
+STRINGS = (
+    "judge_type",
+    "base_model_name_or_path",
+    "base_model_revision",
+    "assistant_model_name_or_path",
+    "assistant_model_revision",
+    "task",
+    "dataset",
+    "license",
+)
+#: What each row of `JudgeConfig.evaluation` has, with the types of the values; `threshold` None is the lossless row.
+EVALUATION_COLUMNS: dict[str, tuple[type, ...]] = {
+    "dataset": (str,),
+    "split": (str,),
+    "num_examples": (int,),
+    "num_assistant_tokens": (int, str, NoneType),
+    "threshold": (float, NoneType),
+    "accuracy": (float,),
+    "drop": (float,),
+    "drop_low": (float,),
+    "drop_high": (float,),
+    "tokens_per_cycle": (float,),
+    "speedup": (float,),
+    "mean_response_length": (float,),
 }
 _SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 
@@ -84,6 +112,12 @@ class JudgeConfig:
             The settings the mismatches were mined under. Defaults to plain greedy decoding.
         task (`str`, *optional*):
             Name of the task the judge was mined on. A judge doesn't transfer to another one.
+        dataset, license (`str`, *optional*):
+            Hub id or base name of the problems that were mined, and the judge's licence, for its card.
+        training (`dict`, *optional*):
+            Figures of the fit, as `JudgeTrainer` records them, for the card.
+        evaluation (`list[dict]`, *optional*):
+            What decoding at each threshold gave, as `evaluation_summary` puts it: the card's table, plot and metadata.
 
     Raises:
         ValueError: for a value outside its range or type, or an unknown field.
@@ -101,13 +135,17 @@ class JudgeConfig:
     assistant_model_revision: str | None = None
     decoding_settings: dict[str, Any] = field(default_factory=lambda: dict(GREEDY_SETTINGS))
     task: str | None = None
+    dataset: str | None = None
+    license: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    evaluation: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "assistant_hidden_size"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"`{name}` must be a positive int or None, got {value!r}.")
-        for name in ("judge_type", "base_model_name_or_path", "assistant_model_name_or_path", "task"):
+            if value is not None and (type(value) is not int or not 0 < value < 2**31):
+                raise ValueError(f"`{name}` must be a positive int, below 2**31, or None, got {value!r:.100}.")
+        for name in STRINGS:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"`{name}` must be a string, got {type(value).__name__}.")
@@ -121,8 +159,14 @@ class JudgeConfig:
         if not isinstance(self.decoding_settings, dict):
             raise ValueError(f"`decoding_settings` must be a dict, got {type(self.decoding_settings).__name__}.")
         self.decoding_settings = {**GREEDY_SETTINGS, **self.decoding_settings}
+        check_figures(self.training, "training")
+        if not isinstance(self.evaluation, list):
+            raise ValueError(f"`evaluation` must be a list of dicts, got {type(self.evaluation).__name__}.")
+        for row in self.evaluation:
+            check_figures(row, "evaluation", required=EVALUATION_COLUMNS)
         self.base_model_name_or_path = public_name(self.base_model_name_or_path)
         self.assistant_model_name_or_path = public_name(self.assistant_model_name_or_path)
+        self.dataset = public_name(self.dataset)
 
     @property
     def num_state_features(self) -> int:
@@ -163,6 +207,19 @@ class JudgeConfig:
                 f"written by version {version}: install that one or a newer one."
             )
         return cls(**values)
+
+
+def check_figures(figures: Any, name: str, required: Mapping[str, tuple[type, ...]] = MappingProxyType({})) -> None:
+    """A `ValueError` unless `figures` maps names to strings, finite numbers or None, the required ones included."""
+    if not isinstance(figures, dict):
+        raise ValueError(f"`{name}` must hold dicts of figures, got {type(figures).__name__}.")
+    for key, value in figures.items():
+        if not isinstance(value, required.get(key, (str, int, float, NoneType))) or (
+            isinstance(value, float) and not math.isfinite(value)
+        ):
+            raise ValueError(f"`{name}` must hold strings and finite numbers, got {key}={value!r:.100}.")
+    if missing := sorted(set(required) - set(figures)):
+        raise ValueError(f"Each row of `{name}` needs {sorted(required)}; {missing} are missing.")
 
 
 def checked_threshold(value: Any, name: str) -> float:

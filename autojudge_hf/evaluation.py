@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from .checks import checked_judge
+from .configuration import public_name
 from .forward import eos_token_ids
 from .generation import judge_decoding
 from .modeling import Judge
@@ -132,6 +133,48 @@ def measure_decoding(
         "correct": correct,
         "texts": texts,
     }
+
+
+def evaluation_summary(
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    dataset: str,
+    split: str,
+    num_assistant_tokens: int | Literal["adaptive"] | None = None,
+) -> list[dict[str, Any]]:
+    """What `evaluate_judge` measured, for `judge.config.evaluation`, and so for the judge's card, plot and metadata.
+
+    Args:
+        rows (`Sequence`): of `evaluate_judge`, the lossless one first.
+        dataset, split (`str`): Hub id or name of the examples' dataset, and their split.
+        num_assistant_tokens (`int`, *optional*): as it was measured with.
+
+    Returns:
+        `list[dict]`: per row its `threshold`, `accuracy`, the `drop` from the lossless accuracy with its paired 95 %
+        interval (`drop_low`, `drop_high`), `tokens_per_cycle`, `speedup` (tokens per second to lossless),
+        `mean_response_length` (tokens), and what the arguments say.
+    """
+    lossless = rows[0]
+    summary = []
+    for row in rows:
+        low, high = paired_interval(lossless["correct"], row["correct"])
+        summary.append(
+            {
+                "dataset": public_name(dataset),
+                "split": split,
+                "num_examples": len(row["correct"]),
+                "num_assistant_tokens": num_assistant_tokens,
+                "threshold": row["threshold"],
+                "accuracy": row["accuracy"],
+                "drop": lossless["accuracy"] - row["accuracy"],
+                "drop_low": low,
+                "drop_high": high,
+                "tokens_per_cycle": row["tokens_per_cycle"],
+                "speedup": row["tokens_per_second"] / lossless["tokens_per_second"],
+                "mean_response_length": row["mean_response_length"],
+            }
+        )
+    return summary
 
 
 def paired_interval(

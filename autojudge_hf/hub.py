@@ -18,9 +18,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from .configuration import public_name
+
 
 # What the client's HTTP library raises for connections that break; which library depends on the client's version.
 HTTPError = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
+HUB_ERRORS = (OSError, HTTPError, RuntimeError, HFValidationError)
 # Of these, the earlier come first: some are special cases of the later ones.
 REASONS: tuple[tuple[type[Exception], str], ...] = (
     (GatedRepoError, "it is gated; accept its conditions on its page on the Hub, and pass a `token` of that account"),
@@ -57,54 +60,57 @@ def find_file(name_or_path: str | os.PathLike, filename: str, subfolder: str = "
         path = folder / subfolder / filename
         if not path.is_file():
             found = sorted(p.name for p in path.parent.glob("*"))
-            raise OSError(f"No {filename} in the judge folder {str(name_or_path)!r}, there is {found}.")
+            raise OSError(f"No {filename} in the judge folder {path.parent.name!r}, there is {found}.")
         return path
     if folder.is_absolute():
-        raise OSError(f"No judge at {str(name_or_path)!r}: expected a folder that `save_pretrained` wrote.")
+        raise OSError(f"There is no folder {folder.name!r}: expected one that a judge's `save_pretrained` wrote.")
     try:
         return Path(hf_hub_download(str(name_or_path), filename, subfolder=subfolder or None, **options))
     except (OSError, HTTPError, HFValidationError) as error:
         wanted = f"{subfolder}/{filename}" if subfolder else filename
-        raise OSError(f"Can't get {wanted} of {str(name_or_path)!r}: {_reason(error)}.") from None
+        raise OSError(f"Can't get {wanted} of {public_name(str(name_or_path))!r}: {_reason(error)}.") from None
+
+
+def create_repo(repo_id: str, *, private: bool | None, token: str | bool | None, repo_type: str = "model") -> str:
+    """Makes the repository if there is none; returns its full name, which begins with the user's where none is given.
+
+    Raises:
+        OSError: where the Hub refuses or can't be reached.
+    """
+    try:
+        url = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type)
+    except HUB_ERRORS as error:
+        raise OSError(f"Can't push to {repo_id!r}: {_reason(error)}. Nothing was changed; try again.") from None
+    return url.repo_id
 
 
 def push_folder(
     folder: Path,
     repo_id: str,
     *,
-    private: bool | None,
     token: str | bool | None,
     commit_message: str,
     subfolder: str = "",
+    repo_type: str = "model",
 ) -> str:
-    """Uploads everything in `folder` in one commit, or nothing; returns the commit's address.
+    """Uploads everything in `folder` to a repository in one commit, or nothing; returns the commit's address.
 
     Raises:
-        OSError: where the Hub refuses or can't be reached. The repository is as it was, but may have been created.
+        OSError: where the Hub refuses or can't be reached. The repository is as it was.
+        ValueError: where the Hub finds fault with the card, say an unknown licence. The same.
     """
-    api = HfApi(token=token)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = [(Path(subfolder) / path.relative_to(folder)).as_posix() for path in files]
     operations = [CommitOperationAdd(name, str(path)) for name, path in zip(names, files)]
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        return api.create_commit(repo_id, operations, commit_message=commit_message).commit_url
-    except (OSError, HTTPError, RuntimeError, HFValidationError) as error:
+        commit = HfApi(token=token).create_commit(
+            repo_id, operations, commit_message=commit_message, repo_type=repo_type
+        )
+    except HUB_ERRORS as error:
         raise OSError(f"Can't push to {repo_id!r}: {_reason(error)}. Nothing was changed; try again.") from None
-
-
-def full_repo_id(repo_id: str, token: str | bool | None) -> str:
-    """`repo_id` with the user's own name in front where it has none.
-
-    Raises:
-        OSError: where the Hub doesn't know who asks.
-    """
-    if "/" in repo_id:
-        return repo_id
-    try:
-        return f"{HfApi(token=token).whoami()['name']}/{repo_id}"
-    except (OSError, HTTPError) as error:
-        raise OSError(f"Can't push to {repo_id!r} as nobody knows whose it is: {_reason(error)}.") from None
+    except ValueError as error:  # what the Hub says of the card's metadata, a line for each fault
+        raise ValueError(f"Can't push to {repo_id!r}: {' '.join(str(error).split())}") from None
+    return commit.commit_url
 
 
 def _reason(error: Exception) -> str:

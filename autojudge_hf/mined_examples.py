@@ -91,11 +91,13 @@ class MinedExamples:
             ]
             if differences:
                 raise ValueError(
-                    f"{self.folder} holds mismatches that were mined under other settings: {'; '.join(differences)}. "
-                    "Mine into another folder, or under the settings there."
+                    f"{self.folder.name} holds mismatches that were mined under other settings: "
+                    f"{'; '.join(differences)}. Mine into another folder, or under the settings there."
                 )
         elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise ValueError(f"`output_dir` {self.folder} exists and wasn't written by mining. Give another folder.")
+            raise ValueError(
+                f"`output_dir` {self.folder.name} exists and wasn't written by mining. Give another folder."
+            )
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write_whole(path, lambda part: part.write_text(json.dumps(settings, indent=2, sort_keys=True)))
@@ -106,7 +108,7 @@ class MinedExamples:
                 self._lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(
-                f"Another process is mining into {self.folder}. Wait for it, or mine into another folder."
+                f"Another process is mining into {self.folder.name}. Wait for it, or mine into another folder."
             ) from None
 
     def close(self) -> None:
@@ -132,8 +134,8 @@ class MinedExamples:
             _write_whole(path, lambda part: pyarrow.parquet.write_table(table, part))
         except OSError as error:
             raise OSError(
-                f"Couldn't write {path.name}: {error}. The examples finished before are safe in {self.folder}: make "
-                "room, and the same call goes on."
+                f"Couldn't write {path.name}: {error.strerror or error}. The examples finished before are safe in "
+                f"{self.folder.name}: make room, and the same call goes on."
             ) from error
 
     def finished(self) -> dict[int, FinishedExample]:
@@ -154,8 +156,8 @@ class MinedExamples:
                 continue
             if about[b"prompt"].decode() != self._prompt_hash(_example_id(path)):
                 raise ValueError(
-                    f"{path.name} in {self.folder} was mined from another example {_example_id(path)}. Mine another "
-                    "dataset into another folder."
+                    f"{path.name} in {self.folder.name} was mined from another example {_example_id(path)}. Mine "
+                    "another dataset into another folder."
                 )
             finished[_example_id(path)] = FinishedExample(json.loads(about[b"counts"]), about[b"skipped"].decode())
         return finished

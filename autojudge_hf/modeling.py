@@ -17,11 +17,12 @@ from torch import nn
 
 from .configuration import JudgeConfig
 from .features import JudgeInputs
-from .hub import find_file, full_repo_id, push_folder
-from .model_card import render_custom_generate, render_judge_card
+from .hub import create_repo, find_file, push_folder
+from .model_card import JudgeCard, render_custom_generate
+from .plots import can_plot, plot_trade_off
 
 
-CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "config.json", "model.safetensors", "README.md"
+CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, PLOT_NAME = "config.json", "model.safetensors", "README.md", "trade_off.png"
 
 
 class Judge(nn.Module):
@@ -41,23 +42,29 @@ class Judge(nn.Module):
         if config.judge_type != self.judge_type:
             raise ValueError(f"{type(self).__name__} needs judge_type={self.judge_type!r}, got {config.judge_type!r}.")
         self.config = config
-        #: Figures of the fit for the card, label to value; whoever trains the judge fills them in.
-        self.fit_figures: dict[str, str] = {}
 
     def forward(self, inputs: JudgeInputs) -> torch.Tensor:
         """Scores of shape `(b, k)`: the logit of the probability that accepting the candidate changes the answer."""
         raise NotImplementedError
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Writes `config.json`, `model.safetensors`, the card, and what `custom_generate=` needs, to a folder."""
-        self._write(Path(save_directory), judge_id=str(Path(save_directory).resolve()))
+        """Writes `config.json`, `model.safetensors`, the card, and what `custom_generate=` needs, to a folder.
 
-    @property
-    def card(self) -> str:
-        """The README.md that is saved with the judge."""
-        return render_judge_card(self.config, self.fit_figures)
+        The plot of `config.evaluation` is drawn where matplotlib is installed.
+        """
+        folder = Path(save_directory)
+        self._write(folder, name=folder.resolve().name)
+        self._write_custom_generate(folder, judge_id=str(folder.resolve()))
 
-    def _write(self, folder: Path, judge_id: str) -> None:
+    def save_card(self, folder: Path, name: str, subfolder: str = "") -> None:
+        """Writes README.md, and the picture it shows, for a judge that is loaded by `name`."""
+        card = JudgeCard(self.config, name, subfolder)
+        if self.config.evaluation and can_plot():
+            card.plot_name = PLOT_NAME
+            plot_trade_off(card.curves(), folder / PLOT_NAME)
+        (folder / CARD_NAME).write_text(card.render(), encoding="utf-8")
+
+    def _write(self, folder: Path, name: str, subfolder: str = "") -> None:
         if folder.is_file():
             raise OSError(f"Expected a folder to save the judge to, got the file {folder.name}.")
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,11 +74,12 @@ class Judge(nn.Module):
             folder / WEIGHTS_NAME,
             metadata={"format": "pt"},
         )
-        (folder / CARD_NAME).write_text(self.card, encoding="utf-8")
-        custom_generate = folder / "custom_generate"
-        custom_generate.mkdir(exist_ok=True)
+        self.save_card(folder, name, subfolder)
+
+    def _write_custom_generate(self, folder: Path, judge_id: str) -> None:
+        (folder / "custom_generate").mkdir(exist_ok=True)
         for name, text in render_custom_generate(judge_id).items():
-            (custom_generate / name).write_text(text, encoding="utf-8")
+            (folder / "custom_generate" / name).write_text(text, encoding="utf-8")
 
     def push_to_hub(
         self,
@@ -89,20 +97,22 @@ class Judge(nn.Module):
             private (`bool`, *optional*): whether a new repository is private; default: the account's setting.
             token (`str` or `bool`, *optional*): default: the one of `hf auth login`.
             commit_message (`str`, *optional*, defaults to `"Upload judge"`).
-            subfolder (`str`, *optional*): where in a collection of judges. `custom_generate=` finds those at the top.
+            subfolder (`str`, *optional*): where in a collection of judges. (`custom_generate=` works with a judge at
+                the top only.)
 
         Returns:
             `str`: the commit's address.
 
         Raises:
             OSError: where the Hub refuses or can't be reached; the repository then stays as it was.
+            ValueError: where it finds fault with the card, say an unknown licence; the same.
         """
-        repo_id = full_repo_id(repo_id, token)
+        repo_id = create_repo(repo_id, private=private, token=token)
         with tempfile.TemporaryDirectory() as folder:
-            self._write(Path(folder), judge_id=repo_id)
-            return push_folder(
-                Path(folder), repo_id, private=private, token=token, commit_message=commit_message, subfolder=subfolder
-            )
+            self._write(Path(folder), repo_id, subfolder)
+            if not subfolder:
+                self._write_custom_generate(Path(folder), judge_id=repo_id)
+            return push_folder(Path(folder), repo_id, token=token, commit_message=commit_message, subfolder=subfolder)
 
 
 class LinearJudge(Judge):
@@ -277,8 +287,10 @@ class AutoJudge:
             values = json.loads(find(CONFIG_NAME).read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"The judge's {CONFIG_NAME} isn't valid JSON: {error}") from None
-        # Before the weights: those of something else may have gigabytes.
-        judge = cls.from_config(JudgeConfig.from_dict(values))
+        # Before the weights: those of something else may have gigabytes. And without memory of its own: a config may
+        # claim any width, while what a file holds is bounded by its size.
+        with torch.device("meta"):
+            judge = cls.from_config(JudgeConfig.from_dict(values))
         _load_tensors(judge, find(WEIGHTS_NAME))
         return judge.eval()
 
@@ -299,11 +311,11 @@ def _load_tensors(judge: Judge, path: Path) -> None:
                     got = f"{part.get_dtype()} of shape {shape}"
                     problems.append(f"{name}: expected F32 or F64 of shape {want}, got {got}")
                     continue
-                tensors[name] = file.get_tensor(name)
+                tensors[name] = file.get_tensor(name).to(expected[name].dtype)
                 if not torch.isfinite(tensors[name]).all():
                     problems.append(f"{name}: has values that aren't finite")
     except SafetensorError as error:
         raise ValueError(f"The judge's {WEIGHTS_NAME} isn't a valid safetensors file: {error}") from None
     if problems:
         raise ValueError(f"The judge's {WEIGHTS_NAME} doesn't fit its {CONFIG_NAME}: " + "; ".join(problems))
-    judge.load_state_dict(tensors)
+    judge.load_state_dict(tensors, assign=True)

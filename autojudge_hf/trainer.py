@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +18,8 @@ from transformers import EvalPrediction
 from transformers.trainer_utils import PredictionOutput
 
 from .configuration import JudgeConfig
-from .modeling import CARD_NAME, LinearJudge
+from .hub import create_repo
+from .modeling import LinearJudge
 from .training_args import JudgeTrainingArguments
 from .verification import harmless
 
@@ -82,6 +83,9 @@ class JudgeTrainer:
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.judge = LinearJudge(self._config())
         self._train, self._eval = self._arrays(train_dataset, "training"), self._arrays(eval_dataset, "validation")
+        if args.push_to_hub:
+            # Now, so that a bad name or token is told before the fit.
+            create_repo(self._hub_model_id(), private=args.hub_private_repo, token=args.hub_token)
 
     def train(self) -> JudgeTrainerState:
         """Fits every C of the grid, keeps the best by validation ROC-AUC, sets the threshold by recall."""
@@ -91,7 +95,7 @@ class JudgeTrainer:
         self.state.best_metric = best.auc
         self._fold(best)
         self.judge.config.threshold = self._threshold_by_recall()
-        self.judge.fit_figures = self._figures()
+        self.judge.config.training = self._figures(best)
         self.state.log_history.append({"best_C": best.C, **self.evaluate()})
         return self.state
 
@@ -157,20 +161,49 @@ class JudgeTrainer:
         return PredictionOutput(predictions=scores, label_ids=labels, metrics=metrics)
 
     def save_model(self, output_dir: str | None = None) -> None:
-        """Saves the judge, with its card, to `output_dir` or `args.output_dir`."""
+        """Saves the judge, with its card, to `output_dir` or `args.output_dir`; pushes it if `args.push_to_hub`."""
         self._check_trained()
         self.judge.save_pretrained(output_dir or self.args.output_dir)
+        if self.args.push_to_hub:
+            self.push_to_hub()
 
-    def create_model_card(self, output_dir: str | Path | None = None) -> None:
-        """Writes the judge's README.md, with the figures of the fit, alone."""
+    def create_model_card(
+        self, output_dir: str | Path | None = None, *, license: str | None = None, dataset: str | None = None
+    ) -> None:
+        """Writes the judge's README.md alone. What is told here stays in the judge's config, for later cards.
+
+        Args:
+            output_dir (`str`, *optional*): folder to write to, `args.output_dir` by default.
+            license (`str`, *optional*): the judge's licence, as the Hub names it (`"apache-2.0"`).
+            dataset (`str`, *optional*): Hub id of the problems that were mined (`"openai/gsm8k"`).
+        """
+        self._describe(license, dataset)
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CARD_NAME).write_text(self.judge.card, encoding="utf-8")
+        self.judge.save_card(folder, folder.resolve().name)
 
-    def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """Uploads the judge; see `Judge.push_to_hub`."""
+    def push_to_hub(
+        self, repo_id: str | None = None, *, license: str | None = None, dataset: str | None = None, **kwargs: Any
+    ) -> str:
+        """Uploads the judge.
+
+        Args:
+            repo_id (`str`, *optional*): default: `args.hub_model_id`, or else the name of `args.output_dir`.
+            license, dataset (`str`, *optional*): as in `create_model_card`.
+            kwargs: of `Judge.push_to_hub`; `private` and `token` by default `args.hub_private_repo` and
+                `args.hub_token`.
+        """
         self._check_trained()
-        return self.judge.push_to_hub(repo_id, **kwargs)
+        self._describe(license, dataset)
+        kwargs = {"private": self.args.hub_private_repo, "token": self.args.hub_token, **kwargs}
+        return self.judge.push_to_hub(repo_id or self._hub_model_id(), **kwargs)
+
+    def _describe(self, license: str | None, dataset: str | None) -> None:
+        told = {name: value for name, value in (("license", license), ("dataset", dataset)) if value is not None}
+        self.judge.config = replace(self.judge.config, **told)
+
+    def _hub_model_id(self) -> str:
+        return self.args.hub_model_id or Path(self.args.output_dir).resolve().name
 
     def _check_trained(self) -> None:
         if self.state.best_metric is None:
@@ -189,10 +222,10 @@ class JudgeTrainer:
     def _check_output_dir(self) -> None:
         folder = Path(self.args.output_dir)
         if folder.exists() and not folder.is_dir():
-            raise ValueError(f"`output_dir` must be a folder, got the file {folder}.")
+            raise ValueError(f"`output_dir` must be a folder, got the file {folder.name}.")
         if folder.is_dir() and any(folder.iterdir()) and not self.args.overwrite_output_dir:
             raise ValueError(
-                f"`output_dir` {folder} exists and isn't empty. Give another folder, or pass "
+                f"`output_dir` {folder.name} exists and isn't empty. Give another folder, or pass "
                 "`overwrite_output_dir=True` to replace its files."
             )
 
@@ -258,13 +291,14 @@ class JudgeTrainer:
         # A hair below the score itself, which must not be accepted, whichever way the comparison is rounded.
         return float(torch.sigmoid(logits[num_missed]) * (1 - 1e-6))
 
-    def _figures(self) -> dict[str, str]:
+    def _figures(self, fit: _Fit) -> dict[str, Any]:
         """What the card says of the fit."""
         labels = np.concatenate([self._train[1], self._eval[1]])
         return {
             "Mismatches": f"{len(self._train[1])} for training, {len(self._eval[1])} for validation",
             "Important": f"{labels.mean():.1%}",
-            "Validation ROC-AUC": f"{self.state.best_metric:.3f}",
+            "C": fit.C,
+            "Validation ROC-AUC": round(fit.auc, 4),
         }
 
 

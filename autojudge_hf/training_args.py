@@ -28,6 +28,14 @@ class JudgeTrainingArguments:
             `None` or `"balanced"`, as in scikit-learn.
         max_iter (`int`, *optional*, defaults to 2000):
             Limit of the solver's iterations.
+        push_to_hub (`bool`, *optional*, defaults to `False`):
+            Whether `save_model` uploads the judge, too. The repository is made when the trainer is.
+        hub_model_id (`str`, *optional*):
+            Repository, `"user/judge"`; default: the name of `output_dir`, of the token's user.
+        hub_private_repo (`bool`, *optional*):
+            Whether a new repository is private; default: the account's setting.
+        hub_token (`str`, *optional*):
+            Default: the token of `hf auth login`. It is never printed or stored.
 
     Raises:
         ValueError: for a value outside its range.
@@ -41,6 +49,10 @@ class JudgeTrainingArguments:
     recall: float = 0.9
     class_weight: str | None = None
     max_iter: int = 2000
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool | None = None
+    hub_token: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("validation_size", "recall"):

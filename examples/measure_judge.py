@@ -4,6 +4,7 @@
     python examples/measure_judge.py --output_dir runs/measure_judge
 
 Training problems give the judge, validation problems its threshold, and fresh test problems, used once, the figures.
+These are kept in the judge's config, and so in its card.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from autojudge_hf import AutoJudge, JudgeTrainer, JudgeTrainingArguments, evaluate_judge, mine_mismatches
+from autojudge_hf import (
+    AutoJudge,
+    JudgeTrainer,
+    JudgeTrainingArguments,
+    evaluate_judge,
+    evaluation_summary,
+    mine_mismatches,
+)
 from autojudge_hf.evaluation import paired_interval
 from autojudge_hf.tasks import GSM8K
 
@@ -28,6 +36,7 @@ from make_problems import problems  # noqa: E402  (lives beside the pair)
 
 
 MAX_NEW_TOKENS = 320
+DATASET = "word problems of the embedded pair"
 RECALLS = (0.92, 0.93, 0.94, 0.95)
 
 
@@ -96,6 +105,9 @@ def main() -> None:
     parser.add_argument("--num_test", type=int, default=1000)
     parser.add_argument("--batch_size", type=int, default=32, help="problems decoded at once; each row as if alone")
     parser.add_argument(
+        "--factors", type=float, nargs="+", default=[1.0], help="test at these multiples of the judge's threshold"
+    )
+    parser.add_argument(
         "--max_drop", type=float, default=0.01, help="accuracy the threshold may cost, with 97.5 % confidence"
     )
     args = parser.parse_args()
@@ -116,12 +128,13 @@ def main() -> None:
         judge = make_judge(pair, tokenizer, task, take, args, options)
 
     tested = take("test", args.num_test, args.seed if args.test_seed is None else args.test_seed)
-    lossless, row = evaluate_judge(
-        *pair, tokenizer, tested, task, judge, thresholds=[judge.config.threshold], **options
-    )
+    thresholds = sorted(min(1.0, factor * judge.config.threshold) for factor in args.factors)
+    rows = evaluate_judge(*pair, tokenizer, tested, task, judge, thresholds=thresholds, **options)
     print(f"\n{args.num_test} fresh test problems, used once")
-    show(lossless, lossless)
-    show(row, lossless)
+    for row in rows:
+        show(row, rows[0])
+    judge.config.evaluation = evaluation_summary(rows, dataset=DATASET, split="test", num_assistant_tokens=16)
+    judge.save_pretrained(args.judge or Path(args.output_dir) / "judge")
 
 
 if __name__ == "__main__":

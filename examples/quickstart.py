@@ -23,6 +23,7 @@ from autojudge_hf import (
     JudgeTrainer,
     JudgeTrainingArguments,
     evaluate_judge,
+    evaluation_summary,
     judge_decoding,
     mine_mismatches,
 )
@@ -33,6 +34,7 @@ from autojudge_hf.tasks import GSM8K
 PAIR = Path(__file__).parent / "tiny_pair"
 MAX_NEW_TOKENS = 320
 THRESHOLDS = (0.02, 0.05, 0.1, 0.2)
+DATASET = "word problems of the embedded pair"
 
 
 def read(name: str, n: int) -> list[dict]:
@@ -104,6 +106,10 @@ def main() -> None:
         batch_size=16,
     )
     judge.config.threshold = trainer.judge.config.threshold = choose_threshold(rows)
+    # For the judge's card: what every threshold gained and cost.
+    trainer.judge.config.evaluation = evaluation_summary(
+        rows, dataset=DATASET, split="validation", num_assistant_tokens=args.num_assistant_tokens
+    )
     trainer.save_model()
     print(f"   threshold {judge.config.threshold:.3g}")
 

@@ -13,7 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
 from urllib.parse import parse_qs, unquote
 
+import yaml
 
+
+LICENCES = ("apache-2.0", "mit", "llama3.1", "cc-by-4.0", "other")
 KINDS = {"models": "", "datasets": "datasets/", "spaces": "spaces/"}
 
 
@@ -222,7 +225,31 @@ class Handler(BaseHTTPRequestHandler):
         return entries, None
 
     def validate_yaml(self, body):
-        return 200, {"errors": [], "warnings": []}
+        """Of the real Hub's rules those for the fields that the library's cards have."""
+        told = json.loads(body)
+        metadata = yaml.safe_load(told["content"].split("---\n")[1])
+        errors = [] if isinstance(metadata, dict) else ["metadata must be an object"]
+        if metadata.get("license", "mit") not in LICENCES:
+            errors.append('"license" must be one of the known ones')
+        for field_name in ("base_model", "datasets", "source_datasets"):
+            names = metadata.get(field_name, [])
+            errors += [
+                f'"{field_name}": {name} is no id' for name in names if not re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+            ]
+        if not all(isinstance(tag, str) for tag in metadata.get("tags", [])):
+            errors.append('"tags" must be strings')
+        if metadata.get("base_model_relation", "adapter") not in ("adapter", "finetune", "merge", "quantized"):
+            errors.append('"base_model_relation" is unknown')
+        for index in metadata.get("model-index", []):
+            results = index.get("results") if isinstance(index.get("name"), str) else None
+            for result in results or [{}]:
+                has_names = {"type"} <= result.get("task", {}).keys() and {"type", "name"} <= result.get(
+                    "dataset", {}
+                ).keys()
+                metrics = result.get("metrics", [])
+                if not has_names or not metrics or any(not {"type", "value"} <= metric.keys() for metric in metrics):
+                    errors.append('"model-index" is incomplete')
+        return (400 if errors else 200), {"errors": [{"message": error} for error in errors], "warnings": []}
 
     def preupload(self, body, kind, name, revision):
         _, problem = self.repo(kind, name, write=True)

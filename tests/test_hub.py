@@ -1,28 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Push and pull through the real client of the Hub, with a Hub on the loopback interface.
 
-The client reads its endpoint once, so that everything here runs in processes of its own.
+The client reads its endpoint once, so that everything here runs in processes of its own; and these have the library
+from a wheel, built once and installed outside the checkout.
 """
 
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import PROMPT, ROOT, random_llama, similar_model
 from hub_server import Hub, Repo
+from huggingface_hub import DatasetCard, ModelCard
 from safetensors.torch import save
 
 from autojudge_hf import AutoJudge, JudgeConfig
+from autojudge_hf.model_card import render_custom_generate
 
 
 PREAMBLE = """
 import os, sys, torch
-sys.path.insert(0, "tests")
 from autojudge_hf import AutoJudge, JudgeConfig
 
 def linear(seed=0, size=16):
@@ -46,13 +50,40 @@ def hub():
         assert server.mistakes == []
 
 
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """Folder of a wheel of this library, made of a copy of its sources: a build leaves files among them."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "autojudge_hf", folder / "autojudge_hf", ignore=shutil.ignore_patterns("__pycache__"))
+    pip("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", folder / "dist", folder)
+    return folder / "dist"
+
+
+@pytest.fixture(scope="session")
+def installed(wheel, tmp_path_factory):
+    """Where the wheel is installed, by the requirements that a saved judge names."""
+    folder = tmp_path_factory.mktemp("site")
+    requirements = folder / "requirements.txt"
+    requirements.write_text(render_custom_generate("user/judge")["requirements.txt"])
+    pip("install", "--no-index", "--find-links", wheel, "--no-deps", "--target", folder, "-r", requirements)
+    return folder
+
+
+def pip(*args):
+    result = subprocess.run([sys.executable, "-m", "pip", *map(str, args)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.fixture
-def client(hub, tmp_path):
+def client(hub, installed, tmp_path):
     """Runs code in a process whose Hub is the loopback one; returns what it prints."""
 
     def run(code, token="hf_writer", preamble=PREAMBLE, expected=0, **environment):
         environment = {
             "PATH": os.environ["PATH"],
+            "PYTHONPATH": f"{installed}:{ROOT / 'tests'}",
             "HF_ENDPOINT": hub.endpoint,
             "HF_HOME": str(tmp_path / "home"),
             "HF_HUB_DISABLE_XET": "1",  # its storage has a protocol of its own; the client falls back to LFS
@@ -67,11 +98,12 @@ def client(hub, tmp_path):
             capture_output=True,
             text=True,
             timeout=120,
-            cwd=ROOT,
+            cwd=tmp_path,
             env=environment,
         )
         assert result.returncode == expected, result.stderr
         assert "hf_writer" not in result.stdout + result.stderr
+        assert str(tmp_path) not in result.stdout
         return result.stdout
 
     return run
@@ -102,12 +134,18 @@ def decode(judge):
 """
 
 
-def test_push_wipe_pull_decode(hub, client, tmp_path):
+def test_push_wipe_pull_decode(hub, client, installed, tmp_path):
     """The same tokens before the push, after the pull, and offline; and without importing this library."""
     decoding = PREAMBLE + DECODE
-    code = "judge = linear(size=32)\nprint(decode(judge))\nprint(judge.push_to_hub('judge', private=True))"
-    before = client(code, preamble=decoding)
-    tokens, url = before.splitlines()
+    code = """
+    import autojudge_hf
+    print(os.path.dirname(os.path.dirname(autojudge_hf.__file__)))
+    judge = linear(size=32)
+    print(decode(judge))
+    print(judge.push_to_hub('judge', private=True))
+    """
+    folder, tokens, url = client(code, preamble=decoding).splitlines()
+    assert Path(folder) == installed
     repo = hub.repos["models", "user/judge"]
     assert repo.private and len(repo.commits) == 2 and url == f"{hub.endpoint}/user/judge/commit/{repo.commits[1][0]}"
     assert set(repo.commits[1][1]) - {".gitattributes"} == {
@@ -259,22 +297,102 @@ def test_an_interrupted_push_changes_nothing(hub, client):
     assert all(len(hub.repos["models", name].commits) == 2 for name in where)
 
 
-def test_trainer_and_datasets_push(hub, client):
-    output = client(
-        """
+def test_trainer_pushes_what_it_saves(hub, client):
+    code = """
     from test_trainer import made_up
     from autojudge_hf import JudgeTrainer, JudgeTrainingArguments
-    import tempfile
-    from datasets import load_dataset
-    mined = made_up()
-    mined.push_to_hub("user/mined", private=True)
-    back = load_dataset("user/mined", split="train")
-    print(back[:] == mined[:])
-    trainer = JudgeTrainer(JudgeTrainingArguments(output_dir=tempfile.mkdtemp(), C_grid=[0.1]), back)
-    trainer.train()
-    trainer.push_to_hub("user/trained")
-    print(torch.equal(AutoJudge.from_pretrained("user/trained").weight, trainer.judge.weight))
+    def train(**options):
+        options = {"push_to_hub": True, "C_grid": [0.1], "overwrite_output_dir": True, **options}
+        arguments = JudgeTrainingArguments(**{"output_dir": "my-judge", **options})
+        assert "hf_" not in repr(arguments)
+        trainer = JudgeTrainer(arguments, made_up())
+        print("made")
+        trainer.train()
+        trainer.create_model_card(license="mit")
+        trainer.save_model()
+        loaded = AutoJudge.from_pretrained(options.get("hub_model_id", "user/my-judge"), token="hf_" + "writer")
+        print(torch.equal(loaded.weight, trainer.judge.weight), loaded.config == trainer.judge.config)
+        return trainer
+    attempt(train)
+    trainer = train(hub_token="hf_" + "writer", hub_private_repo=True)
+    train(hub_token="hf_" + "writer", hub_model_id="user/named")
+    print(trainer.push_to_hub("user/again", license="apache-2.0").startswith("http"))
     """
+    lines = client(code, token=None).splitlines()
+    # Without a token it fails before the fit.
+    assert (
+        lines[0]
+        == "OSError: Can't push to 'my-judge': the token isn't valid (HTTP 401). Nothing was changed; try again."
     )
-    assert output.splitlines()[-2:] == ["True", "True"]
-    assert hub.repos["datasets", "user/mined"].private
+    assert lines[1:] == ["made", "True True", "made", "True True", "True"]
+    names = {name for _, name in hub.repos}
+    assert names == {"user/my-judge", "user/named", "user/again"}
+    assert hub.repos["models", "user/my-judge"].private and not hub.repos["models", "user/named"].private
+    for name, licence in (("user/my-judge", "mit"), ("user/again", "apache-2.0")):
+        files = hub.repos["models", name].commits[-1][1]
+        card = ModelCard(files["README.md"][0].decode())
+        assert card.data.license == licence and name in card.text
+        assert all(b"hf_writer" not in content for content, _ in files.values())
+
+
+def test_mined_datasets_have_cards(hub, client):
+    code = """
+    from test_trainer import made_up
+    from autojudge_hf import push_mismatches_to_hub
+    from datasets import concatenate_datasets, load_dataset
+    mined = made_up()
+    print(push_mismatches_to_hub(mined, "mined", private=True, license="mit", dataset="org/problems"))
+    back = load_dataset("user/mined", split="train")
+    print(back[:] == mined[:], back.features == mined.features)
+    other = mined.remove_columns("pair").add_column("pair", ["{}"] * len(mined))
+    attempt(push_mismatches_to_hub, concatenate_datasets([mined, other]), "user/both")
+    """
+    lines = client(code).splitlines()
+    repo = hub.repos["datasets", "user/mined"]
+    assert lines[0] == f"{hub.endpoint}/datasets/user/mined/commit/{repo.commits[-1][0]}" and lines[1] == "True True"
+    assert lines[2] == "ValueError: Expected the rows of one mining, got rows of 2."
+    assert repo.private and len(repo.commits) == 2 and len(hub.repos) == 1
+    card = DatasetCard(repo.commits[-1][1]["README.md"][0].decode())
+    assert card.data.license == "mit" and 'load_dataset("user/mined"' in card.text
+
+
+def test_cards_are_validated(hub, client):
+    """By the Hub, which every push of a card asks; the server's rules are the Hub's for what we write."""
+    code = """
+    from huggingface_hub import ModelCard
+    from test_model_card import MODELS, ROWS, judge_of
+    from autojudge_hf import evaluation_summary
+    rows = evaluation_summary(ROWS, dataset="openai/gsm8k", split="test", num_assistant_tokens=16)
+    config = {"hidden_size": 4, "license": "mit", "evaluation": rows, **MODELS}
+    judge_of(JudgeConfig(**config)).push_to_hub("user/judge")
+    card = ModelCard.load("user/judge")
+    card.validate()
+    print([result.metric_value for result in card.data.eval_results] == [
+        row[metric] for row in rows for metric in ("accuracy", "tokens_per_cycle")])
+    attempt(judge_of(JudgeConfig(**{**config, "license": "do what you like"})).push_to_hub, "user/unlicensed")
+    """
+    lines = client(code).splitlines()
+    assert lines[0] == "True" and len(lines) == 2 and "license" in lines[1] and "user/unlicensed" in lines[1]
+    assert len(hub.repos["models", "user/unlicensed"].commits) == 1
+    assert "trade_off.png" in hub.repos["models", "user/judge"].commits[-1][1]
+
+
+def test_a_judge_repo_runs_no_code_of_its_own_accord(hub, client, tmp_path):
+    """Neither loading its judge nor decoding with it does; `trust_remote_code=True` alone."""
+    evil = b"open('ran', 'w').close()\ndef generate(model, **kwargs):\n    raise SystemExit\n"
+    files = dict.fromkeys(("custom_generate/generate.py", "modeling.py", "__init__.py", "setup.py"), (evil, False))
+    hostile = {"auto_map": {"AutoModelForCausalLM": "modeling.Evil"}}
+    serve(hub, "user/evil", {**judge_files(), **files})
+    config = json.loads(judge_files()["config.json"][0])
+    serve(hub, "user/mapped", {"config.json": (json.dumps(config | hostile).encode(), False), **files})
+    code = """
+    judge = AutoJudge.from_pretrained("user/evil")
+    attempt(AutoJudge.from_pretrained, "user/mapped")
+    from conftest import PROMPT, random_llama, similar_model
+    model = random_llama()
+    options = {"assistant_model": similar_model(model), "max_new_tokens": 5, "do_sample": False}
+    attempt(model.generate, PROMPT, custom_generate="user/evil", **options)
+    print(os.path.exists("ran"))
+    """
+    lines = client(code).splitlines()
+    assert "auto_map" in lines[0] and lines[-1] == "False" and not (tmp_path / "ran").exists()

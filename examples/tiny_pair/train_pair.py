@@ -63,7 +63,7 @@ SHAPES = {
 COPY_STEPS = {"target": 800, "draft": 600}
 PLAIN_STEPS = {"target": 500, "draft": 400}
 FREE_STEPS = {"target": 1600, "draft": 1500}
-PROGRAM_SHARE = 0.3
+PROGRAM_SHARE = 0.5
 IGNORE = -100
 
 
@@ -202,6 +202,20 @@ def look_back(model: LlamaForCausalLM) -> None:
             projection.weight[rows, 0] = 2.4 * values
 
 
+@torch.no_grad()
+def resume(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Takes the weights in `folder`, which may be of another tokenizer: a token that it lacks starts as its parts."""
+    trained = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    trained_tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    known, old = trained_tokenizer.get_vocab(), trained.model.embed_tokens.weight
+    new = torch.empty_like(model.model.embed_tokens.weight)
+    for token, i in tokenizer.get_vocab().items():
+        parts = [known[token]] if token in known else trained_tokenizer.encode(tokenizer.decode([i]))
+        new[i] = old[parts].mean(dim=0)
+    model.load_state_dict(trained.state_dict())
+    model.model.embed_tokens.weight.copy_(new)
+
+
 def train_model(name: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> LlamaForCausalLM:
     torch.manual_seed(args.seed)
     config = LlamaConfig(
@@ -218,7 +232,7 @@ def train_model(name: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Na
     model = LlamaForCausalLM(config)
     look_back(model)
     if args.resume_from is not None:
-        model = LlamaForCausalLM.from_pretrained(args.resume_from, dtype=torch.float32)
+        resume(model, tokenizer, args.resume_from)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
@@ -226,6 +240,7 @@ def train_model(name: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Na
         torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
+    has_fast_bf16 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     started, tokens, running = time.perf_counter(), 0, None
     streams = [
         copies(len(tokenizer), args.seed, args.batch_size),
@@ -242,7 +257,7 @@ def train_model(name: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Na
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * scale
         wanted = labels != IGNORE
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=has_fast_bf16):
             states = model.model(input_ids=ids, use_cache=False).last_hidden_state[wanted]
             logits = model.lm_head(states)
         loss = nn.functional.cross_entropy(logits.float(), labels[wanted])
