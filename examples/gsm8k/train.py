@@ -20,6 +20,11 @@ class Arguments:
     validation_size: float = field(default=0.1, metadata={"help": "Share of the problems held out."})
     seed: int = field(default=42, metadata={"help": "Seed of the split."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace files in output_dir."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Upload the judge, too."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "Where to; default: output_dir's name."})
+    hub_private_repo: bool | None = field(default=None, metadata={"help": "Whether a new repository is private."})
+    license: str | None = field(default=None, metadata={"help": "The judge's licence, for its card."})
+    dataset: str | None = field(default=None, metadata={"help": "Hub id of the mined problems, for the card."})
     learning_curve: bool = field(default=False, metadata={"help": "Print AUC against problems mined, and stop."})
 
 
@@ -32,6 +37,7 @@ def main() -> None:
 
     options = vars(args)
     path, learning_curve = Path(options.pop("data_file")), options.pop("learning_curve")
+    card = {name: options.pop(name) for name in ("license", "dataset")}
     files = sorted(path.glob("examples/example-*.parquet")) if path.is_dir() else [path]
     trainer = JudgeTrainer(JudgeTrainingArguments(**options), Dataset.from_parquet([str(file) for file in files]))
     if learning_curve:
@@ -39,6 +45,7 @@ def main() -> None:
             print(f"{point['num_examples']:6} problems  validation ROC-AUC {point['eval_auc']:.3f}")
         return
     trainer.train()
+    trainer.create_model_card(**card)
     trainer.save_model()
     for entry in trainer.state.log_history:
         print("  ".join(f"{name}={value:.4g}" for name, value in entry.items()))
