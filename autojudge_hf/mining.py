@@ -6,11 +6,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tqdm.auto import tqdm
 
 from .checks import checked_draft_length
@@ -151,7 +154,7 @@ def mine_mismatches(
         )
     with state.main_process_first():
         store = MinedExamples(output_dir, pair, prompts, identity, locks=state.is_main_process)
-    counts = Counter()
+    started, counts = time.perf_counter(), Counter()
     hook = model.register_forward_pre_hook(lambda *_: counts.update({"target forwards": 1}))
     try:
         finished = store.finished()
@@ -175,9 +178,19 @@ def mine_mismatches(
     finally:
         hook.remove()
         store.close()
-    if reasons := Counter(example.skipped for example in finished.values() if example.skipped):
+    reasons = Counter(example.skipped for example in finished.values() if example.skipped)
+    if reasons:
         listed = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(5))
         logger.warning(f"{reasons.total()} of {len(examples)} examples were skipped: {listed}")
+    if state.is_main_process:
+        important = sum(example.counts.get("important", 0) for example in finished.values())
+        # To where the progress bar is, as its last word.
+        tqdm.write(
+            f"mined {len(finished)} examples ({reasons.total()} skipped): {len(mined)} mismatches, "
+            f"{important / max(1, len(mined)):.1%} important; {counts['target forwards']} target forwards and "
+            f"{time.perf_counter() - started:.0f} seconds in this process, {_peak_memory(model.device)}",
+            file=sys.stderr,
+        )
     return mined
 
 
@@ -199,6 +212,18 @@ def _prompt_ids(
                 "example out."
             )
     return ids
+
+
+def _peak_memory(device: torch.device) -> str:
+    """The most that was allocated on a GPU, or else held by the process, so far."""
+    if device.type == "cuda":
+        return f"at most {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB of GPU memory"
+    if sys.platform == "win32":
+        return "memory not measured"
+    import resource  # Unix only
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB of memory"
 
 
 def _fingerprint(model: PreTrainedModel) -> str:

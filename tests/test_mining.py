@@ -354,8 +354,8 @@ def test_response_without_answer_is_skipped_and_counted(random_pair, caplog):
     assert isinstance(rows, datasets.Dataset) and "label" in rows.column_names
 
 
-def test_a_task_that_fails_on_an_example_doesnt_stop_the_run(random_pair, tmp_path, caplog):
-    """It is recorded with its error, in the folder too; the others are mined as ever."""
+def test_a_task_that_fails_on_an_example_doesnt_stop_the_run(random_pair, tmp_path, caplog, capsys):
+    """It is recorded with its error, in the folder too; the others are mined as ever, and a line sums up."""
 
     class Failing(LastTokens):
         def extract_answers(self, examples, texts):
@@ -367,6 +367,9 @@ def test_a_task_that_fails_on_an_example_doesnt_stop_the_run(random_pair, tmp_pa
     rows = mine_mismatches(*random_pair, NumberTokenizer(), EXAMPLES, Failing(EXAMPLES), **options)
     assert found(rows) == found([row for row in mine_random(random_pair) if row["example_id"] != 2])
     assert "1 of 12 examples were skipped: 1 x RuntimeError: no grader" in caplog.text
+    share = sum(row["label"] for row in rows) / len(rows)
+    summary = f"mined 12 examples (1 skipped): {len(rows)} mismatches, {share:.1%} important; "
+    assert re.search(re.escape(summary) + r"\d+ target forwards .* GiB of memory\n", capsys.readouterr().err)
     again = mine_mismatches(*random_pair, NumberTokenizer(), EXAMPLES, Failing(EXAMPLES), **options)
     assert found(again) == found(rows)
 
