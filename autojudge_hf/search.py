@@ -19,7 +19,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from .candidate_generator import JudgeCandidateGenerator
+from .candidate_generator import FormerResponses
 from .features import judge_inputs
 from .forward import CACHE_NAME, eos_token_ids, vocab_size
 from .generation import judge_decoding
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 # Positions at which the assistant's choice is looked up at once. The next mismatch is mostly nearer.
 SCANNED_POSITIONS = 32
+# Candidates that repeat the former response cost nothing to draft, and little to verify.
+LONGEST_REPETITION = 48
 
 
 @dataclass
@@ -173,7 +175,9 @@ class SemiGreedySearch:
         )
         if self.eos_token_ids:
             criteria.append(EosTokenCriteria(eos_token_id=sorted(self.eos_token_ids)))
-        drafter = JudgeCandidateGenerator(
+        formers = {s.example_id: s.sequence or [] for s in searches}
+        drafter = FormerResponses(
+            [formers[i] for i in trials],
             self.assistant_model,
             self.model,
             self.num_assistant_tokens,
@@ -189,7 +193,7 @@ class SemiGreedySearch:
             GenerationConfig(do_sample=False),
             assistant_model=self.assistant_model,
             candidate_generator=drafter,
-            num_assistant_tokens=self.num_assistant_tokens,
+            num_assistant_tokens=max(self.num_assistant_tokens, LONGEST_REPETITION),
             attention_mask=attention_mask,
             **{CACHE_NAME: cache},
         )

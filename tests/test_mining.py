@@ -2,6 +2,7 @@
 """Mining against a literal transcription of Algorithm 1, on the embedded pair."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
