@@ -8,6 +8,7 @@ import functools
 import inspect
 from typing import Any
 
+import torch
 from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
 from .generation import judge_decoding
@@ -32,6 +33,7 @@ def _with_judge(generate):
             raise ValueError("Pass either `judge` or `custom_generate`: each brings its own decoding loop.")
         arguments = signature.bind(self, *args, **kwargs).arguments
         extra = arguments.pop("kwargs", {})
+        _check_models(self, arguments.get("assistant_model"))
         _check_tokenizers(extra)
         _stop_strings_to_criterion(arguments, extra)
         decode = functools.partial(
@@ -46,6 +48,17 @@ def _with_judge(generate):
 
     wrapper._wraps_judge = True
     return wrapper
+
+
+def _check_models(model: Any, assistant_model: Any) -> None:
+    """What `generate` would begin to run, or fail on, before the loop can refuse it."""
+    if model.config.is_encoder_decoder:
+        raise ValueError("Judge decoding doesn't support encoder-decoder models.")
+    if assistant_model is not None and not isinstance(assistant_model, torch.nn.Module):
+        raise ValueError(
+            f"`assistant_model` must be a model, got {type(assistant_model).__name__}. Load one with "
+            "`AutoModelForCausalLM.from_pretrained(...)`."
+        )
 
 
 def _check_tokenizers(extra: dict[str, Any]) -> None:
@@ -75,5 +88,6 @@ def _stop_strings_to_criterion(arguments: dict[str, Any], extra: dict[str, Any])
     if config.stop_strings is not None:
         arguments["generation_config"] = config = copy.deepcopy(config)
         config.stop_strings = None
+        extra["stop_strings"] = None  # or the model's own config would bring them back
     criteria = arguments.get("stopping_criteria") or []
     arguments["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, stop_strings)])

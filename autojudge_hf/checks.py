@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # Pairs with one tokenizer pad its vocabulary to different sizes, Qwen2.5's by 128. Tokenizers differ by more.
 LARGEST_PADDING = 1024
+# Layers of a cache whose rows can take different numbers of tokens back.
+ATTENTION_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 
 
 def checked_draft_length(
@@ -158,6 +160,7 @@ def check_supported(
     # A single prompt may have gaps: `generate` masks whatever looks like padding in it.
     is_padded_behind = mask is not None and not mask[:, -1].all()
     is_padded_behind |= mask is not None and len(mask) > 1 and bool((mask[:, 1:] < mask[:, :-1]).any())
+    layers = sorted({type(layer).__name__ for layer in getattr(cache, "layers", [])} - ATTENTION_LAYERS)
     known = {CACHE_NAME, "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
     known |= {"output_hidden_states", "output_attentions"}  # also in the config, which is what counts
     other = sorted(k for k, v in model_kwargs.items() if v is not None and k not in known)
@@ -175,10 +178,17 @@ def check_supported(
         "streamers with several prompts": len(input_ids) > 1 and streamer is not None,
         "beam search": (config.num_beams or 1) > 1,
         "`num_return_sequences` above 1": (config.num_return_sequences or 1) > 1,
+        "contrastive search (`penalty_alpha`)": bool(getattr(config, "penalty_alpha", None)),
+        "`dola_layers`": getattr(config, "dola_layers", None) is not None,
+        "`constraints` or `force_words_ids`": any(
+            getattr(config, name, None) is not None for name in ("constraints", "force_words_ids")
+        ),
         "`guidance_scale`": config.guidance_scale not in (None, 1),
         "watermarks": config.watermarking_config is not None,
         "`use_cache=False`": cache is None,
         f"the cache {type(cache).__name__}": cache is not None and type(cache) is not DynamicCache,
+        f"the cache's {', '.join(layers)}": bool(layers),
+        "offloaded caches": bool(getattr(cache, "offloading", False)),
         "`output_attentions`": bool(config.output_attentions),
         f"two drafters at once ({', '.join(given)})": len(given) > 1,
         "`use_mtp`": bool(getattr(config, "use_mtp", None)),

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import PurePath
@@ -47,14 +46,14 @@ EVALUATION_COLUMNS: dict[str, tuple[type, ...]] = {
     "split": (str,),
     "num_examples": (int,),
     "num_assistant_tokens": (int, str, NoneType),
-    "threshold": (float, NoneType),
-    "accuracy": (float,),
-    "drop": (float,),
-    "drop_low": (float,),
-    "drop_high": (float,),
-    "tokens_per_cycle": (float,),
-    "speedup": (float,),
-    "mean_response_length": (float,),
+    "threshold": (int, float, NoneType),
+    "accuracy": (int, float),
+    "drop": (int, float),
+    "drop_low": (int, float),
+    "drop_high": (int, float),
+    "tokens_per_cycle": (int, float),
+    "speedup": (int, float),
+    "mean_response_length": (int, float),
 }
 _SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 
@@ -150,20 +149,25 @@ class JudgeConfig:
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"`{name}` must be a string, got {type(value).__name__}.")
         if not isinstance(self.logit_features, bool):
-            raise ValueError(f"`logit_features` must be True or False, got {self.logit_features!r}.")
+            raise ValueError(f"`logit_features` must be True or False, got {self.logit_features!r:.50}.")
         if self.state_position not in STATE_POSITIONS:
-            raise ValueError(f"`state_position` must be one of {list(STATE_POSITIONS)}, got {self.state_position!r}.")
+            raise ValueError(
+                f"`state_position` must be one of {list(STATE_POSITIONS)}, got {self.state_position!r:.50}."
+            )
         if self.threshold is None:
             self.threshold = DEFAULT_THRESHOLDS.get(self.judge_type, 0.5)
         self.threshold = checked_threshold(self.threshold, "threshold")
-        if not isinstance(self.decoding_settings, dict):
-            raise ValueError(f"`decoding_settings` must be a dict, got {type(self.decoding_settings).__name__}.")
+        if not isinstance(self.decoding_settings, dict) or set(self.decoding_settings) - set(GREEDY_SETTINGS):
+            raise ValueError(
+                f"`decoding_settings` must be a dict with keys of {sorted(GREEDY_SETTINGS)}, got "
+                f"{self.decoding_settings!r:.200}."
+            )
         self.decoding_settings = {**GREEDY_SETTINGS, **self.decoding_settings}
-        check_figures(self.training, "training")
-        if not isinstance(self.evaluation, list):
-            raise ValueError(f"`evaluation` must be a list of dicts, got {type(self.evaluation).__name__}.")
-        for row in self.evaluation:
-            check_figures(row, "evaluation", required=EVALUATION_COLUMNS)
+        _check_figures(
+            self.decoding_settings, "decoding_settings", dict.fromkeys(GREEDY_SETTINGS, (int, float, NoneType))
+        )
+        _check_figures(self.training, "training")
+        _check_evaluation(self.evaluation)
         self.base_model_name_or_path = public_name(self.base_model_name_or_path)
         self.assistant_model_name_or_path = public_name(self.assistant_model_name_or_path)
         self.dataset = public_name(self.dataset)
@@ -189,7 +193,7 @@ class JudgeConfig:
     def from_dict(cls, values: dict[str, Any]) -> JudgeConfig:
         if not isinstance(values, dict) or "judge_type" not in values:
             what = (
-                f", but a {values['model_type']!r} model's"
+                f", but a {values['model_type']!r:.50} model's"
                 if isinstance(values, dict) and "model_type" in values
                 else ""
             )
@@ -203,27 +207,45 @@ class JudgeConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(
-                f"The judge's config has fields that autojudge_hf {__version__} doesn't know: {unknown}. It was "
-                f"written by version {version}: install that one or a newer one."
+                f"The judge's config has fields that autojudge_hf {__version__} doesn't know: {unknown!s:.200}. It "
+                f"was written by version {version!s:.20}: install that one or a newer one."
             )
         return cls(**values)
 
 
-def check_figures(figures: Any, name: str, required: Mapping[str, tuple[type, ...]] = MappingProxyType({})) -> None:
-    """A `ValueError` unless `figures` maps names to strings, finite numbers or None, the required ones included."""
+def _check_figures(figures: Any, name: str, types: Mapping[str, tuple[type, ...]] = MappingProxyType({})) -> None:
+    """A `ValueError` unless `figures` maps names to strings, finite numbers or None, and has those in `types`."""
     if not isinstance(figures, dict):
         raise ValueError(f"`{name}` must hold dicts of figures, got {type(figures).__name__}.")
     for key, value in figures.items():
-        if not isinstance(value, required.get(key, (str, int, float, NoneType))) or (
-            isinstance(value, float) and not math.isfinite(value)
-        ):
-            raise ValueError(f"`{name}` must hold strings and finite numbers, got {key}={value!r:.100}.")
-    if missing := sorted(set(required) - set(figures)):
-        raise ValueError(f"Each row of `{name}` needs {sorted(required)}; {missing} are missing.")
+        is_number = isinstance(value, (int, float))
+        if not isinstance(value, types.get(key, (str, int, float, NoneType))) or (is_number and not abs(value) < 1e9):
+            raise ValueError(f"`{name}` must hold strings and finite numbers, got {key!r:.100}: {value!r:.100}.")
+    if missing := sorted(set(types) - set(figures)):
+        raise ValueError(f"Each row of `{name}` needs {sorted(types)}; {missing} are missing.")
+
+
+def _check_evaluation(rows: Any) -> None:
+    """A `ValueError` unless every dataset's rows begin with the lossless one, and have no other."""
+    if not isinstance(rows, list):
+        raise ValueError(f"`evaluation` must be a list of dicts, got {type(rows).__name__}.")
+    seen = set()
+    for row in rows:
+        _check_figures(row, "evaluation", EVALUATION_COLUMNS)
+        row["dataset"] = public_name(row["dataset"]) or "unnamed"
+        measured = (row["dataset"], row["split"], row["num_examples"], row["num_assistant_tokens"])
+        if (row["threshold"] is None) == (measured in seen):
+            raise ValueError(
+                "`evaluation` must have one lossless row (`threshold` None) for each dataset, split, number of "
+                f"examples and draft length, before the judged ones, as `evaluation_summary` makes it; got {row}."
+            )
+        seen.add(measured)
 
 
 def checked_threshold(value: Any, name: str) -> float:
     """`value` as a float in [0, 1]; a `ValueError` that names `name` otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
-        raise ValueError(f"`{name}` must be a number in [0, 1] (0 accepts no mismatch, 1 all of them), got {value!r}.")
+        raise ValueError(
+            f"`{name}` must be a number in [0, 1] (0 accepts no mismatch, 1 all of them), got {value!r:.50}."
+        )
     return float(value)

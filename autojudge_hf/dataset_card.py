@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from .configuration import public_name
 from .hub import create_repo, push_folder
 from .model_card import TAGS, TEMPLATES, is_hub_id, model_text, plain, settings_text
 
@@ -42,7 +43,7 @@ def push_mismatches_to_hub(
 
     Raises:
         OSError: where the Hub refuses or can't be reached; the repository then stays as it was.
-        ValueError: for rows of several minings, or none.
+        ValueError: for rows of several minings, or none; and where the Hub finds fault with the card.
     """
     pair = _pair(mined)
     repo_id = create_repo(repo_id, private=private, token=token, repo_type="dataset")
@@ -57,10 +58,10 @@ def render_dataset_card(
     mined: datasets.Dataset, pair: dict[str, Any], repo_id: str, *, license: str | None, dataset: str | None
 ) -> str:
     """The README.md of mined mismatches; `pair` is what their `pair` column says."""
-    features = pair["features"]
+    features, dataset = pair["features"], public_name(dataset)
     facts = {
-        "Target": model_text(**pair["target"]),
-        "Assistant": model_text(**pair["assistant"]),
+        "Target": model_text(pair["target"]["name"], pair["target"]["revision"]),
+        "Assistant": model_text(pair["assistant"]["name"], pair["assistant"]["revision"]),
         "Task": pair["task"],
         "Problems": f"{len(set(mined['example_id']))} with a mismatch" + (f", of {dataset}" if dataset else ""),
         "Mismatches": str(len(mined)),

@@ -155,6 +155,8 @@ def evaluation_summary(
         `mean_response_length` (tokens), and what the arguments say.
     """
     lossless = rows[0]
+    if lossless["threshold"] is not None:
+        raise ValueError(f"The first row must be the lossless one, got that of threshold {lossless['threshold']}.")
     summary = []
     for row in rows:
         low, high = paired_interval(lossless["correct"], row["correct"])

@@ -80,12 +80,14 @@ def as_normal_tensors(cache: Cache) -> None:
 
 
 def shrink(cache: Cache, rows: Sequence[int], num_columns: int) -> None:
-    """Keeps some rows of the batch, and of their positions the last `num_columns`."""
+    """Keeps some rows of the batch, and of their positions the last `num_columns`, or none where that is negative."""
+    num_columns = max(0, num_columns)
     for layer in cache.layers:
         if layer.get_seq_length() > 0:
             if len(rows) < layer.keys.shape[0]:
                 layer.batch_select_indices(torch.tensor(rows, device=layer.keys.device))
-            layer.keys, layer.values = layer.keys[:, :, -num_columns:], layer.values[:, :, -num_columns:]
+            first = max(0, layer.keys.shape[2] - num_columns)
+            layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length = num_columns
 
@@ -182,7 +184,9 @@ def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
 
 def max_positions(model: PreTrainedModel) -> int | None:
     """The longest sequence the model has positions for, or `None` where its config doesn't say."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    config = model.config.get_text_config(decoder=True)
+    # MPT's has another name.
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
 
 
 def vocab_size(model: PreTrainedModel) -> int:

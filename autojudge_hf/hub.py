@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
@@ -13,9 +14,11 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    XetDownloadError,
 )
 
 from .configuration import public_name
@@ -23,7 +26,8 @@ from .configuration import public_name
 
 # What the client's HTTP library raises for connections that break; which library depends on the client's version.
 HTTPError = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
-HUB_ERRORS = (OSError, HTTPError, RuntimeError, HFValidationError)
+# RuntimeError: of the Xet client, like its own.
+HUB_ERRORS = (OSError, HTTPError, RuntimeError, XetDownloadError, HFValidationError, json.JSONDecodeError)
 # Of these, the earlier come first: some are special cases of the later ones.
 REASONS: tuple[tuple[type[Exception], str], ...] = (
     (GatedRepoError, "it is gated; accept its conditions on its page on the Hub, and pass a `token` of that account"),
@@ -43,6 +47,7 @@ REASONS: tuple[tuple[type[Exception], str], ...] = (
         "`local_files_only` and HF_HUB_OFFLINE",
     ),
     (HFValidationError, "this is neither a folder that exists nor the name of a repository, such as 'user/judge'"),
+    (OfflineModeIsEnabled, "HF_HUB_OFFLINE forbids to ask the Hub"),
 )
 
 
@@ -54,7 +59,9 @@ def find_file(name_or_path: str | os.PathLike, filename: str, subfolder: str = "
 
     Raises:
         OSError: for a file that isn't there or can't be had.
+        ValueError: for a `subfolder` that leads out.
     """
+    _check_subfolder(subfolder)
     folder = Path(name_or_path)
     if folder.is_dir():
         path = folder / subfolder / filename
@@ -66,7 +73,7 @@ def find_file(name_or_path: str | os.PathLike, filename: str, subfolder: str = "
         raise OSError(f"There is no folder {folder.name!r}: expected one that a judge's `save_pretrained` wrote.")
     try:
         return Path(hf_hub_download(str(name_or_path), filename, subfolder=subfolder or None, **options))
-    except (OSError, HTTPError, HFValidationError) as error:
+    except HUB_ERRORS as error:
         wanted = f"{subfolder}/{filename}" if subfolder else filename
         raise OSError(f"Can't get {wanted} of {public_name(str(name_or_path))!r}: {_reason(error)}.") from None
 
@@ -80,7 +87,7 @@ def create_repo(repo_id: str, *, private: bool | None, token: str | bool | None,
     try:
         url = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type)
     except HUB_ERRORS as error:
-        raise OSError(f"Can't push to {repo_id!r}: {_reason(error)}. Nothing was changed; try again.") from None
+        raise _refused(repo_id, error) from None
     return url.repo_id
 
 
@@ -99,6 +106,7 @@ def push_folder(
         OSError: where the Hub refuses or can't be reached. The repository is as it was.
         ValueError: where the Hub finds fault with the card, say an unknown licence. The same.
     """
+    _check_subfolder(subfolder)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = [(Path(subfolder) / path.relative_to(folder)).as_posix() for path in files]
     operations = [CommitOperationAdd(name, str(path)) for name, path in zip(names, files)]
@@ -107,23 +115,45 @@ def push_folder(
             repo_id, operations, commit_message=commit_message, repo_type=repo_type
         )
     except HUB_ERRORS as error:
-        raise OSError(f"Can't push to {repo_id!r}: {_reason(error)}. Nothing was changed; try again.") from None
+        raise _refused(repo_id, error) from None
     except ValueError as error:  # what the Hub says of the card's metadata, a line for each fault
-        raise ValueError(f"Can't push to {repo_id!r}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"Can't push to {public_name(repo_id)!r}: {' '.join(str(error).split())}") from None
     return commit.commit_url
+
+
+def commit_of(path: Path) -> str | None:
+    """The commit that a file in the Hub's cache belongs to; `None` for other files."""
+    return path.parts[path.parts.index("snapshots") + 1] if "snapshots" in path.parts[:-1] else None
+
+
+def _check_subfolder(subfolder: str) -> None:
+    parts = PurePosixPath(subfolder)
+    if parts.is_absolute() or ".." in parts.parts:
+        raise ValueError(f"`subfolder` must be a folder of the repository, got {subfolder!r}.")
+
+
+def _refused(repo_id: str, error: Exception) -> OSError:
+    """Also true where the Hub's answer got lost: then the same push again changes nothing."""
+    return OSError(
+        f"Can't push to {public_name(repo_id)!r}: {_reason(error)}. A push is one commit or none: try again."
+    )
 
 
 def _reason(error: Exception) -> str:
     """Why the Hub's client failed, without addresses or request ids."""
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+        error = error.__cause__  # the client looks into its cache when the Hub refuses
     for kind, reason in REASONS:
         if isinstance(error, kind):
             return reason
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         meanings = {
-            401: "the token isn't valid",
+            401: "there is no token, or it isn't valid; run `hf auth login`",
             403: "the token's account isn't allowed to",
             429: "too many requests",
         }
         return f"{meanings.get(status, 'the Hub failed')} (HTTP {status})"
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):
+        return f"{error.strerror}"  # of this machine: no room, no permission
     return f"the connection broke ({type(error).__name__})"

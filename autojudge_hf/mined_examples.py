@@ -80,27 +80,15 @@ class MinedExamples:
         self._kept: dict[int, MinedExample] = {}
         if self.folder is None:
             return
-        settings = {**pair, **identity}
-        path = self.folder / SETTINGS_NAME
-        if path.is_file():
-            written = json.loads(path.read_text(encoding="utf-8"))
-            differences = [
-                f"{name}: {written.get(name)} there, {settings.get(name)} now"
-                for name in sorted(settings.keys() | written.keys())
-                if written.get(name) != settings.get(name)
-            ]
-            if differences:
-                raise ValueError(
-                    f"{self.folder.name} holds mismatches that were mined under other settings: "
-                    f"{'; '.join(differences)}. Mine into another folder, or under the settings there."
-                )
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        path, others = self.folder / SETTINGS_NAME, set()
+        if self.folder.is_dir():
+            # A run that was killed at its start leaves these two at most.
+            others = {file.name for file in self.folder.iterdir()} - {LOCK_NAME, _part_of(path).name}
+        if (self.folder.exists() and not self.folder.is_dir()) or (others and not path.is_file()):
             raise ValueError(
                 f"`output_dir` {self.folder.name} exists and wasn't written by mining. Give another folder."
             )
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write_whole(path, lambda part: part.write_text(json.dumps(settings, indent=2, sort_keys=True)))
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / LOCK_NAME)
         try:
             # The system gives the lock back when a process ends, however it ends.
@@ -110,6 +98,28 @@ class MinedExamples:
             raise ValueError(
                 f"Another process is mining into {self.folder.name}. Wait for it, or mine into another folder."
             ) from None
+        try:
+            self._agree({**pair, **identity}, path)
+        except BaseException:
+            self.close()
+            raise
+
+    def _agree(self, settings: dict[str, Any], path: Path) -> None:
+        """Writes the settings, or compares them with those that the folder was made under."""
+        if not path.is_file():
+            _write_whole(path, lambda part: part.write_text(json.dumps(settings, indent=2, sort_keys=True)))
+            return
+        written = json.loads(path.read_text(encoding="utf-8"))
+        differences = [
+            f"{name}: {written.get(name)} there, {settings.get(name)} now"
+            for name in sorted(settings.keys() | written.keys())
+            if written.get(name) != settings.get(name)
+        ]
+        if differences:
+            raise ValueError(
+                f"{self.folder.name} holds mismatches that were mined under other settings: "
+                f"{'; '.join(differences)}. Mine into another folder, or under the settings there."
+            )
 
     def close(self) -> None:
         """Lets another run have the folder."""
@@ -183,13 +193,17 @@ class MinedExamples:
 
 def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Under another name first, so that no reader ever sees half a file."""
-    part = path.with_suffix(".part")
+    part = _part_of(path)
     try:
         write(part)
         part.replace(path)
     except OSError:
         part.unlink(missing_ok=True)
         raise
+
+
+def _part_of(path: Path) -> Path:
+    return path.with_suffix(".part")
 
 
 def _example_id(path: Path) -> int:

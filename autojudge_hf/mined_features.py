@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,8 +126,10 @@ def feature_layout(
 
 def described(model: PreTrainedModel) -> dict[str, Any]:
     """What a judge has to know of a model that its data come from."""
+    name = model.config.name_or_path
     return {
-        "name": public_name(model.config.name_or_path),
+        # A relative path could pass for the Hub id of a stranger's model.
+        "name": Path(name).resolve().name if name and Path(name).is_dir() else public_name(name),
         "revision": getattr(model.config, "_commit_hash", None),
         "hidden_size": hidden_size(model),
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -16,7 +16,7 @@ from .version import __version__
 
 TEMPLATES = files(__package__) / "templates"
 TAGS = ["autojudge", "judge-decoding", "speculative-decoding"]
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 #: Columns of `JudgeConfig.evaluation` that are results for the Hub's metadata.
 METRICS = ("accuracy", "tokens_per_cycle")
 METRIC_ARGS = ("num_examples", "num_assistant_tokens", "threshold")
@@ -42,14 +42,13 @@ class JudgeCard:
         """What the Hub indexes. Names that can't be a Hub id's (a local model) stay out of it."""
         models = (self.config.base_model_name_or_path, self.config.assistant_model_name_or_path)
         base_models = [name for name in models if is_hub_id(name)]
-        datasets = dict.fromkeys([self.config.dataset, *(row["dataset"] for row in self.config.evaluation)])
         results = self.eval_results()
         return ModelCardData(
             library_name="autojudge_hf",
             license=self.config.license,
             base_model=base_models or None,
             base_model_relation="adapter" if base_models else None,
-            datasets=[name for name in datasets if is_hub_id(name)] or None,
+            datasets=[self.config.dataset] if is_hub_id(self.config.dataset) else None,
             tags=TAGS,
             model_name=(self.subfolder or self.judge_id).split("/")[-1] if results else None,
             eval_results=results or None,
@@ -60,7 +59,9 @@ class JudgeCard:
         return [
             EvalResult(
                 task_type="text-generation",
-                dataset_type=row["dataset"],
+                dataset_type=re.sub(
+                    r"[^\w./-]+", "-", row["dataset"]
+                ),  # an id, even where the Hub has no such dataset
                 dataset_name=row["dataset"],
                 dataset_split=row["split"],
                 metric_type=metric,
@@ -80,13 +81,18 @@ class JudgeCard:
             "Judge": f"{config.judge_type}, on {_reads(config)}",
             "Target": model_text(config.base_model_name_or_path, config.base_model_revision),
             "Assistant": model_text(config.assistant_model_name_or_path, config.assistant_model_revision),
-            "Mined on": f"{config.task}{f', problems of {config.dataset}' if config.dataset else ''}"
-            if config.task
-            else "nothing: it needs no training",
+            "Mined on": self._mined_on(),
             "Decoding when mined": settings_text(config.decoding_settings),
             "Threshold": f"{config.threshold:.4g}",
             **{label: str(value) for label, value in config.training.items()},
         }
+
+    def _mined_on(self) -> str:
+        if self.config.judge_type != "linear":
+            return "nothing: it needs no training"
+        return (self.config.task or "an unnamed task") + (
+            f", problems of {self.config.dataset}" if self.config.dataset else ""
+        )
 
     def curves(self) -> dict[str, list[dict[str, Any]]]:
         """The evaluation's rows by what they were measured on: a table and a curve each."""
@@ -118,10 +124,11 @@ def is_hub_id(name: str | None) -> bool:
 
 def plain(text: str) -> str:
     """`text` in one line, without what Markdown or a table would take for its own: a config may hold anything."""
+    text = "".join(character if character.isprintable() else " " for character in text)
     return re.sub(r"[`|<>\[\]\\\"]", "", " ".join(text.split()))
 
 
-def model_text(name: str | None, revision: str | None, **_: Any) -> str:
+def model_text(name: str | None, revision: str | None) -> str:
     return (name or "any") + (f" at {revision}" if revision else "")
 
 

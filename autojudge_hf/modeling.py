@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from torch import nn
 
 from .configuration import JudgeConfig
 from .features import JudgeInputs
-from .hub import create_repo, find_file, push_folder
+from .hub import commit_of, create_repo, find_file, push_folder
 from .model_card import JudgeCard, render_custom_generate
 from .plots import can_plot, plot_trade_off
+from .version import __version__
 
 
 CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, PLOT_NAME = "config.json", "model.safetensors", "README.md", "trade_off.png"
+MAX_CONFIG_SIZE = 2**20  # bytes; a judge's has a few thousand
 
 
 class Judge(nn.Module):
@@ -67,13 +70,13 @@ class Judge(nn.Module):
     def _write(self, folder: Path, name: str, subfolder: str = "") -> None:
         if folder.is_file():
             raise OSError(f"Expected a folder to save the judge to, got the file {folder.name}.")
+        tensors = {key: tensor.contiguous() for key, tensor in self.state_dict().items()}
+        if broken := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{broken} have values that aren't finite. Train the judge first, or load it.")
+        self.config = replace(self.config)  # checks what was set since it was made
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_NAME).write_text(self.config.to_json_string(), encoding="utf-8")
-        save_file(
-            {name: tensor.contiguous() for name, tensor in self.state_dict().items()},
-            folder / WEIGHTS_NAME,
-            metadata={"format": "pt"},
-        )
+        save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         self.save_card(folder, name, subfolder)
 
     def _write_custom_generate(self, folder: Path, judge_id: str) -> None:
@@ -245,8 +248,8 @@ class AutoJudge:
         """
         if config.judge_type not in JUDGES:
             raise ValueError(
-                f"Unknown judge_type {config.judge_type!r}; this version knows {sorted(JUDGES)}. "
-                "A newer one may know more: pip install --upgrade autojudge_hf"
+                f"Unknown judge_type {config.judge_type!r:.50}; autojudge_hf {__version__} knows {sorted(JUDGES)}. "
+                "A newer one may know more."
             )
         return JUDGES[config.judge_type](config)
 
@@ -278,21 +281,31 @@ class AutoJudge:
             find_file,
             pretrained_model_name_or_path,
             subfolder=subfolder,
-            revision=revision,
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        try:
-            values = json.loads(find(CONFIG_NAME).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"The judge's {CONFIG_NAME} isn't valid JSON: {error}") from None
+        path = find(CONFIG_NAME, revision=revision)
+        values = _read_json(path)
         # Before the weights: those of something else may have gigabytes. And without memory of its own: a config may
         # claim any width, while what a file holds is bounded by its size.
         with torch.device("meta"):
             judge = cls.from_config(JudgeConfig.from_dict(values))
-        _load_tensors(judge, find(WEIGHTS_NAME))
+        # Of the same commit, should another one arrive in between.
+        _load_tensors(judge, find(WEIGHTS_NAME, revision=commit_of(path) or revision))
         return judge.eval()
+
+
+def _read_json(path: Path) -> Any:
+    """Raises a `ValueError` for what isn't JSON, or too much of it to be a config."""
+    try:
+        if path.stat().st_size > MAX_CONFIG_SIZE:
+            raise ValueError(f"it has {path.stat().st_size} bytes")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"The judge's {CONFIG_NAME} isn't valid JSON: {error}") from None
+    except OSError as error:
+        raise OSError(f"Can't read the judge's {CONFIG_NAME}: {error.strerror}.") from None
 
 
 def _load_tensors(judge: Judge, path: Path) -> None:
@@ -303,7 +316,7 @@ def _load_tensors(judge: Judge, path: Path) -> None:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             problems += [f"missing: {name}" for name in sorted(set(expected) - names)]
-            problems += [f"unexpected: {name}" for name in sorted(names - set(expected))]
+            problems += [f"unexpected: {name!r:.100}" for name in sorted(names - set(expected))]
             for name in sorted(names & set(expected)):
                 part = file.get_slice(name)
                 shape, want = list(part.get_shape()), list(expected[name].shape)
@@ -311,11 +324,13 @@ def _load_tensors(judge: Judge, path: Path) -> None:
                     got = f"{part.get_dtype()} of shape {shape}"
                     problems.append(f"{name}: expected F32 or F64 of shape {want}, got {got}")
                     continue
-                tensors[name] = file.get_tensor(name).to(expected[name].dtype)
+                tensors[name] = file.get_tensor(name).to(expected[name].dtype, copy=True)  # not mapped
                 if not torch.isfinite(tensors[name]).all():
                     problems.append(f"{name}: has values that aren't finite")
     except SafetensorError as error:
-        raise ValueError(f"The judge's {WEIGHTS_NAME} isn't a valid safetensors file: {error}") from None
+        raise ValueError(f"The judge's {WEIGHTS_NAME} isn't a valid safetensors file: {error!s:.200}") from None
+    except OSError as error:
+        raise OSError(f"Can't read the judge's {WEIGHTS_NAME}: {error.strerror}.") from None
     if problems:
-        raise ValueError(f"The judge's {WEIGHTS_NAME} doesn't fit its {CONFIG_NAME}: " + "; ".join(problems))
+        raise ValueError(f"The judge's {WEIGHTS_NAME} doesn't fit its {CONFIG_NAME}: " + "; ".join(problems[:20]))
     judge.load_state_dict(tensors, assign=True)

@@ -16,7 +16,7 @@ def can_plot() -> bool:
 
 
 def plot_trade_off(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path) -> None:
-    """Accuracy against tokens per cycle: a curve for each judge, a point for each threshold, as a PNG.
+    """Accuracy against tokens per cycle: a curve for each name, a point for each threshold, as a PNG.
 
     The first row of each curve is the lossless one, from which the bars, paired 95 % intervals of the drop, are
     measured. The file's "Description" is [`digest`] of what was drawn.
@@ -37,7 +37,7 @@ def plot_trade_off(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: str 
         low, high = (
             [100 * (lossless["accuracy"] - row[side]) for row in judged] for side in ("drop_high", "drop_low")
         )
-        (line,) = axes.plot(x, y, marker="o", label=name)
+        (line,) = axes.plot(x, y, marker="o", label=name.replace("$", r"\$"))
         axes.vlines(x[1:], low, high, color=line.get_color(), alpha=0.35, linewidth=3)
         axes.plot(x[0], y[0], marker="*", markersize=14, color=line.get_color())
         axes.axhline(y[0], color=line.get_color(), linewidth=0.8, linestyle=":")

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import torch
 from transformers import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
     EosTokenCriteria,
     LogitsProcessor,
     LogitsProcessorList,
@@ -15,7 +17,13 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
+
+
+WITH_STATE = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+WITH_PROMPTS = (EncoderNoRepeatNGramLogitsProcessor, EncoderRepetitionPenaltyLogitsProcessor)
 
 
 class Rows:
@@ -88,6 +96,14 @@ class RowProcessors:
     """Logits processors for rows of different lengths: each row by itself, under its own number in the batch."""
 
     def __init__(self, processors: LogitsProcessorList, batch_size: int):
+        refused = {type(x).__name__ for x in processors if isinstance(x, WITH_STATE)}
+        if batch_size > 1:
+            refused |= {type(x).__name__ for x in processors if isinstance(x, WITH_PROMPTS)}
+        if refused:
+            raise ValueError(
+                f"Judge decoding doesn't support the logits processors {sorted(refused)}: they remember tokens that "
+                "may be taken back, or the prompts of a whole batch."
+            )
         self.processors = [
             LogitsProcessorList(_numbered(processor, row) for processor in processors) for row in range(batch_size)
         ]

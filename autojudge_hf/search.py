@@ -265,7 +265,10 @@ class SemiGreedySearch:
 def _extract(task: Task, examples: list[Mapping[str, Any]], texts: list[str]) -> list[Any]:
     """The answers; where the task fails on an example, its error instead, so that one example can't stop a run."""
     try:
-        return task.extract_answers(examples, texts)
+        answers = task.extract_answers(examples, texts)
+        if len(answers) != len(texts):
+            raise ValueError(f"`extract_answers` gave {len(answers)} answers for {len(texts)} texts")
+        return answers
     except Exception as error:  # a user's code, which may raise anything
         if len(examples) == 1:
             return [error]

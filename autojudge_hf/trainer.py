@@ -170,7 +170,9 @@ class JudgeTrainer:
     def create_model_card(
         self, output_dir: str | Path | None = None, *, license: str | None = None, dataset: str | None = None
     ) -> None:
-        """Writes the judge's README.md alone. What is told here stays in the judge's config, for later cards.
+        """Writes the judge's README.md, and the plot it shows.
+
+        What is told here stays in the judge's config, for later cards.
 
         Args:
             output_dir (`str`, *optional*): folder to write to, `args.output_dir` by default.

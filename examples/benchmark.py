@@ -119,6 +119,15 @@ def main() -> None:
             f"  {statistics.median(own):6.0f} ({min(own):5.0f}, {max(own):5.0f})"
             f"  {statistics.median(a / b for a, b in zip(own, reference)):5.2f}  {way.reference}"
         )
+    medians = {name: statistics.median(row) for (name, batch), row in speeds.items() if batch == args.batch_sizes[0]}
+    stock_at_best = max(speed for name, speed in medians.items() if name.startswith("stock"))
+    for ours in ("ours lossless", "ours judged"):
+        fixed = max(speed for name, speed in medians.items() if name.startswith(ours) and "adaptive" not in name)
+        adaptive = medians[f"{ours}, adaptive"]
+        print(
+            f"{ours}: at its best fixed length {fixed / stock_at_best:.2f} times stock at its best, "
+            f"adaptive {adaptive / fixed:.2f} times that"
+        )
 
 
 if __name__ == "__main__":

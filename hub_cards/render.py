@@ -15,7 +15,7 @@ from autojudge_hf import AutoJudge, JudgeConfig
 def main() -> None:
     for config in sorted(Path(__file__).parent.glob("*/config.json")):
         judge = AutoJudge.from_config(JudgeConfig.from_dict(json.loads(config.read_text(encoding="utf-8"))))
-        judge.save_card(config.parent, name=config.parent.name)
+        judge.save_card(config.parent, name=f"user/{config.parent.name}")
         print(config.parent.name)
 
 

@@ -43,7 +43,7 @@ class Hub(ThreadingHTTPServer):
     """Serves until closed. `faults` is called with method and path, and may return a fault for this request.
 
     A fault is a status code; `"cut"`: half of the answer, then the connection is closed; `"slow"`: an answer in
-    drops; or `"drop"`: no answer at all.
+    drops; `"drop"`: no answer at all; or `"hang up"`: the connection is closed while the client is sending.
     """
 
     daemon_threads = True
@@ -115,11 +115,16 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(path)
         with self.server.lock:
             self.server.requests.append((self.command, path))
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.fault = self.server.faults(self.command, path)
+        length = int(self.headers.get("Content-Length") or 0)
+        if self.fault == "hang up":
+            self.rfile.read(length // 2)
+            self.close_connection = True
+            return None
+        body = self.rfile.read(length)
         if self.headers.get("Transfer-Encoding") == "chunked":
             body = self.chunks()
         self.user = self.server.tokens.get((self.headers.get("Authorization") or "").removeprefix("Bearer "))
-        self.fault = self.server.faults(self.command, path)
         if isinstance(self.fault, int):
             self.answer(self.fault, {"error": "a fault"})
         elif self.fault == "drop":
@@ -295,9 +300,8 @@ class Handler(BaseHTTPRequestHandler):
             return problem
         objects = []
         for told in json.loads(body)["objects"]:
-            known = {} if told["oid"] not in self.server.lfs else None
-            upload = {"upload": {"href": f"{self.server.endpoint}/lfs/{told['oid']}"}}
-            objects.append({**told, **({"actions": upload} if known is not None else {})})
+            upload = {"actions": {"upload": {"href": f"{self.server.endpoint}/lfs/{told['oid']}"}}}
+            objects.append(told if told["oid"] in self.server.lfs else {**told, **upload})
         return 200, {"transfer": "basic", "objects": objects}, [("Content-Type", "application/vnd.git-lfs+json")]
 
     def lfs(self, body, oid):

@@ -13,23 +13,34 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     DynamicCache,
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
+    MambaConfig,
+    MambaForCausalLM,
     MaxLengthCriteria,
+    StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
+    SynthIDTextWatermarkLogitsProcessor,
+    T5Config,
+    T5ForConditionalGeneration,
+    WatermarkingConfig,
 )
+from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 import autojudge_hf.generation
 from autojudge_hf import AutoJudge, JudgeConfig, JudgeDecoderOnlyOutput, judge_decoding
-from autojudge_hf.forward import CACHE_NAME
+from autojudge_hf.forward import CACHE_NAME, shrink
 from autojudge_hf.tasks import GSM8K
 
 
 TASK = GSM8K()
+STATEFUL = SynthIDTextWatermarkLogitsProcessor(2, [1, 2], 16, 0, 8, "cpu")
 
 
 def encode(tokenizer, problem):
@@ -189,6 +200,7 @@ def test_long_prompt(top_k):
     prompt = torch.randint(0, 32, (1, 4000))
     options = {"do_sample": False, "max_new_tokens": 40}
     expected = model.generate(prompt, **options)
+    assert len(set(expected[0, 4000:].tolist())) >= 3
     got = model.generate(prompt, assistant_model=assistant, judge=top_k, judge_threshold=0.0, **options)
     assert torch.equal(got, expected)
 
@@ -314,6 +326,7 @@ def test_judged_equals_the_literal_loop_on_the_embedded_pair(
         reference.judged(target, draft, prompt, 200, eos, 16, judge.weight, judge.bias, threshold)
         for prompt in prompts
     ]
+    assert threshold < 0.9 or sum(accepted for _, _, accepted in expected) > 0
     options = {"do_sample": False, "max_new_tokens": 200, "assistant_model": draft, "num_assistant_tokens": 16}
     options |= {"judge": judge, "judge_threshold": threshold, "return_dict_in_generate": True}
     for batch_size in (1, 4):
@@ -515,8 +528,8 @@ def test_a_users_own_length_criterion(random_pair, top_k):
 
 
 @pytest.mark.slow
-def test_stop_strings_inside_a_block(target, draft, tokenizer, test_problems, top_k):
-    """Also where the whole response would be drafted past them, and from a `GenerationConfig`."""
+def test_stop_strings_inside_a_block(target, draft, tokenizer, test_problems, top_k, monkeypatch):
+    """Also where the response would be drafted past them, from a `GenerationConfig`, and from the model's own."""
     inputs = encode(tokenizer, test_problems[0])
     free = target.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)[0].tolist()
     text = tokenizer.decode(free[inputs["input_ids"].shape[1] :])
@@ -531,6 +544,8 @@ def test_stop_strings_inside_a_block(target, draft, tokenizer, test_problems, to
     assert torch.equal(got, expected) and config.stop_strings == stop
     with pytest.raises(ValueError, match="stop_strings.*tokenizer"):
         target.generate(**inputs, stop_strings=[stop], max_new_tokens=5, **judged)
+    monkeypatch.setattr(target.generation_config, "stop_strings", [stop])
+    assert torch.equal(target.generate(**inputs, **judged, **options), expected)
 
 
 def test_min_new_tokens(random_pair, top_k):
@@ -643,6 +658,13 @@ def test_without_judge_the_original_runs(random_pair, monkeypatch):
         ({"num_beams": 2}, "beam search"),
         ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences|batches"),
         ({"guidance_scale": 2.0}, "guidance_scale"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive search"),
+        ({"dola_layers": "low"}, "dola_layers"),
+        ({"watermarking_config": WatermarkingConfig()}, "watermarks"),
+        ({"assistant_model": "org/small"}, "assistant_model.*must be a model, got str"),
+        ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight"),
+        ({"inputs_embeds": torch.zeros(1, 7, 32)}, "inputs_embeds"),
+        ({"logits_processor": LogitsProcessorList([STATEFUL])}, "SynthIDTextWatermark"),
         ({"use_cache": False}, "use_cache"),
         ({"cache_implementation": "static"}, "StaticCache"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
@@ -663,6 +685,47 @@ def test_bad_calls_fail_before_any_forward(random_pair, linear_judge, options, m
     assert not calls
 
 
+def test_models_that_are_refused(random_pair, top_k, monkeypatch):
+    """Encoder-decoder and stateful ones, as targets and assistants, before they run."""
+    model, _ = random_pair
+    size = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2}
+    mamba = MambaForCausalLM(MambaConfig(**size, state_size=4))
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    )
+    for target, assistant, message in (
+        (t5, model, "encoder-decoder"),
+        (mamba, model, "stateful"),
+        (model, mamba, "stateful"),
+        (model, t5, "encoder-decoder"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):
+            patch.setattr(torch.nn.Module, "__call__", lambda *args, **kwargs: pytest.fail("a module ran"))
+            target.generate(PROMPT, max_new_tokens=5, assistant_model=assistant, judge=top_k)
+
+
+def test_caches_that_are_refused(random_pair, top_k):
+    """A user's own static cache, and layers from whose rows nothing can be taken back."""
+    model, assistant = random_pair
+    odd = DynamicCache(config=model.config)
+    odd.layers[0] = type("ConvolutionLayer", (DynamicLayer,), {})()
+    for cache, message in ((StaticCache(config=model.config, max_cache_len=64), "StaticCache"), (odd, "Convolution")):
+        options = {CACHE_NAME: cache, "max_new_tokens": 5, "assistant_model": assistant}
+        with pytest.raises(ValueError, match=message):
+            model.generate(PROMPT, judge=top_k, **options)
+        assert cache.get_seq_length() == 0
+
+
+def test_a_cache_that_lags_behind_its_shrunken_rows():
+    """A drafter that skipped cycles may hold less than what is dropped at the front: then nothing is left."""
+    for kept in (2, 1, 0, -3):
+        cache = DynamicCache()
+        cache.update(*torch.randn(2, 2, 1, 4, 8), layer_idx=0)
+        expected = cache.layers[0].keys[1:, :, 4 - max(0, kept) :]
+        shrink(cache, [1], kept)
+        assert torch.equal(cache.layers[0].keys, expected) and cache.get_seq_length() == max(0, kept)
+
+
 def test_what_batches_refuse(random_pair, top_k):
     model, assistant = random_pair
     options = {"max_new_tokens": 5, "assistant_model": assistant, "judge": top_k}
@@ -672,6 +735,12 @@ def test_what_batches_refuse(random_pair, top_k):
         model.generate(PROMPT.repeat(2, 1), attention_mask=mask, **options)
     with pytest.raises(ValueError, match="streamers with several prompts"):
         model.generate(PROMPT.repeat(2, 1), streamer=Collect(), **options)
+    for processor in (
+        EncoderNoRepeatNGramLogitsProcessor(2, PROMPT.repeat(2, 1)),
+        EncoderRepetitionPenaltyLogitsProcessor(1.2, PROMPT.repeat(2, 1)),
+    ):
+        with pytest.raises(ValueError, match=f"logits processors.*{type(processor).__name__}"):
+            model.generate(PROMPT.repeat(2, 1), logits_processor=LogitsProcessorList([processor]), **options)
 
 
 def test_judge_for_other_sizes_names_both_numbers(random_pair):

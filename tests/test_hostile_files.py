@@ -2,6 +2,7 @@
 """Thousands of damaged and malicious judges: each is refused in a line, or is exactly what its files declare."""
 
 import copy
+import io
 import json
 import random
 import resource
@@ -18,12 +19,15 @@ from huggingface_hub import ModelCard
 from safetensors.torch import save
 
 from autojudge_hf import AutoJudge, Judge, JudgeConfig
+from autojudge_hf.configuration import EVALUATION_COLUMNS
 from autojudge_hf.model_card import JudgeCard
+from autojudge_hf.plots import plot_trade_off
 
 
 ODD_VALUES = [
     *(None, True, False, 0, -1, 1, 7, 2**31, 10**30, -(10**30), 0.5, 1e308, float("nan"), float("inf"), float("-inf")),
     *("", "linear", "top_k", "x" * 100_000, "\0", "../../../etc/passwd", "{{ 7 * 7 }}", "\ud800", "🤗", "__class__"),
+    json.loads("[" * 500 + "]" * 500),
     *([], {}, [[]], [1] * 1000, {"a": {"b": []}}, [{"threshold": None}], {"do_sample": "perhaps"}),
 ]
 DTYPES = ["F64", "F32", "F16", "BF16", "I64", "I8", "BOOL", "U8", "F8_E4M3", "C64", "F1024", "", 3, None]
@@ -69,8 +73,10 @@ def hostile_config(rng, content):
             values[rng.choice(["auto_map", "colour", "__init__", "x" * 1000, ""])] = copy.deepcopy(
                 rng.choice(ODD_VALUES)
             )
-        elif kind == 4 and isinstance(values[name], dict) and values[name]:
-            values[name][rng.choice(sorted(values[name]))] = copy.deepcopy(rng.choice(ODD_VALUES))
+        elif kind == 4 and isinstance(values[name], (dict, list)) and values[name]:
+            part = rng.choice(values[name]) if isinstance(values[name], list) else values[name]
+            if isinstance(part, dict):
+                part[rng.choice(sorted(values[name]))] = copy.deepcopy(rng.choice(ODD_VALUES))
         else:
             values[name] = copy.deepcopy(rng.choice(ODD_VALUES))
     return json.dumps(values).encode()
@@ -103,10 +109,21 @@ def hostile_weights(rng, content):
 
 
 def good_files():
-    figures = {"threshold": 0.1, "training": {"AUC": 0.9}, "task": "gsm8k", "base_model_name_or_path": "org/target"}
+    row = dict.fromkeys(EVALUATION_COLUMNS, 0.5) | {"dataset": "org/data", "split": "test", "num_examples": 10}
+    rows = [{**row, "num_assistant_tokens": 16, "threshold": threshold} for threshold in (None, 0.1)]
+    figures = {
+        "evaluation": rows,
+        "threshold": 0.1,
+        "training": {"AUC": 0.9},
+        "task": "gsm8k",
+        "base_model_name_or_path": "org/target",
+    }
     config = JudgeConfig(hidden_size=8, **figures)
     weights = {"weight": torch.arange(8.0), "bias": torch.ones(1, dtype=torch.float64)}
     return {"config.json": config.to_json_string().encode(), "model.safetensors": save(weights)}
+
+
+GOOD = good_files()
 
 
 def check_load(folder):
@@ -124,14 +141,20 @@ def check_load(folder):
     tensors = judge.state_dict()
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == expected
     assert all(tensor.isfinite().all() and tensor.device.type == "cpu" for tensor in tensors.values())
-    card = ModelCard(JudgeCard(declared, "user/judge").render(), ignore_metadata_errors=True)
+    card = JudgeCard(declared, "user/judge")
+    if (
+        declared.evaluation
+        and declared.evaluation != JudgeConfig.from_dict(json.loads(GOOD["config.json"])).evaluation
+    ):
+        plot_trade_off(card.curves(), io.BytesIO())
+    card = ModelCard(card.render(), ignore_metadata_errors=True)
     assert "49" not in card.text and str(folder) not in card.text
     return True
 
 
 def load_mutants(mutate, filename, folder, count, seed):
     """Runs in a process of its own with a gigabyte to spare; prints how many loaded."""
-    files = good_files()
+    files = GOOD
     for name, content in files.items():
         (folder / name).write_bytes(content)
     assert check_load(folder)

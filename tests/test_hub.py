@@ -103,7 +103,7 @@ def client(hub, installed, tmp_path):
         )
         assert result.returncode == expected, result.stderr
         assert "hf_writer" not in result.stdout + result.stderr
-        assert str(tmp_path) not in result.stdout
+        assert str(tmp_path) not in result.stdout and (expected or str(tmp_path) not in result.stderr)
         return result.stdout
 
     return run
@@ -111,7 +111,7 @@ def client(hub, installed, tmp_path):
 
 def judge_files(**config):
     judge = AutoJudge.from_config(JudgeConfig(hidden_size=4, **config))
-    tensors = {"weight": torch.ones(4), "bias": torch.zeros(1, dtype=torch.float64)}
+    tensors = {name: torch.ones_like(tensor) for name, tensor in judge.state_dict().items()}
     return {
         "config.json": (judge.config.to_json_string().encode(), False),
         "model.safetensors": (save(tensors), True),
@@ -174,7 +174,12 @@ print(tokens.tolist())
     model.save_pretrained(tmp_path / "target")
     similar_model(model).save_pretrained(tmp_path / "draft")
     assert client(alone.replace("TRUST", "True"), preamble="").strip().splitlines()[-1] == tokens
-    client(alone.replace("TRUST", "False"), preamble="", expected=1)
+    with_options = alone.replace("TRUST", "True, token='hf_' + 'writer', revision='main'")
+    assert client(with_options, preamble="", token=None).strip().splitlines()[-1] == tokens
+    offline = client(alone.replace("TRUST", "True"), preamble="", HF_HUB_OFFLINE="1")
+    assert offline.strip().splitlines()[-1] == tokens
+    refused = client(alone.replace("TRUST", "False") + "\nprint('ran')", preamble="", expected=1)
+    assert "ran" not in refused
 
 
 def test_revisions_subfolders_and_caches(hub, client, tmp_path):
@@ -221,8 +226,8 @@ def test_who_may_what(hub, client):
     expected += ["isn't a judge's, but a 'llama' model's", "9.9", "neither a folder that exists nor the name"]
     for line, part in zip(lines, expected):
         assert part in line, line
-    assert len(lines) == 7 and "Can't push to 'other/judge': the token isn't valid (HTTP 401)" in lines[6]
-    assert ("GET", "/user/model/resolve/main/model.safetensors") not in hub.requests
+    assert len(lines) == 7 and "Can't push to 'other/judge': there is no token, or it isn't valid" in lines[6]
+    assert not any("/user/model/resolve" in path and "safetensors" in path for _, path in hub.requests)
     lines = client(code).splitlines()
     assert lines[:2] == ["loaded user/private", "loaded user/gated"] and len(lines) == 7
     assert "Can't push to 'other/judge': the token's account isn't allowed to (HTTP 403)" in lines[6]
@@ -268,12 +273,13 @@ def test_an_interrupted_push_changes_nothing(hub, client):
         "user/one": ("PUT", "/lfs/"),
         "user/two": ("POST", "/commit/main"),
         "user/three": ("POST", "/preupload/"),
+        "user/four": ("POST", "/commit/main"),
     }
-    kinds = {"user/one": 400, "user/two": "drop", "user/three": 403}
+    kinds = {"user/one": 400, "user/two": "drop", "user/three": 403, "user/four": "hang up"}
     for name in where:
         serve(hub, name)
     code = """
-    for seed, name in enumerate(("user/one", "user/two", "user/three")):
+    for seed, name in enumerate(("user/one", "user/two", "user/three", "user/four")):
         attempt(linear(seed).push_to_hub, name)
         print(AutoJudge.from_pretrained(name).weight.shape[0])
         attempt(linear(seed).push_to_hub, name)
@@ -289,10 +295,10 @@ def test_an_interrupted_push_changes_nothing(hub, client):
 
     hub.faults = fault
     lines = client(code).splitlines()
-    assert [line for line in lines if not line.startswith("OSError")] == ["4", "True"] * 3
+    assert [line for line in lines if not line.startswith("OSError")] == ["4", "True"] * 4
     for name, line in zip(where, lines[::3]):
         assert line.startswith(f"OSError: Can't push to '{name}': ") and line.endswith(
-            "Nothing was changed; try again."
+            "A push is one commit or none: try again."
         )
     assert all(len(hub.repos["models", name].commits) == 2 for name in where)
 
@@ -320,10 +326,7 @@ def test_trainer_pushes_what_it_saves(hub, client):
     """
     lines = client(code, token=None).splitlines()
     # Without a token it fails before the fit.
-    assert (
-        lines[0]
-        == "OSError: Can't push to 'my-judge': the token isn't valid (HTTP 401). Nothing was changed; try again."
-    )
+    assert lines[0].startswith("OSError: Can't push to 'my-judge': there is no token, or it isn't valid")
     assert lines[1:] == ["made", "True True", "made", "True True", "True"]
     names = {name for _, name in hub.repos}
     assert names == {"user/my-judge", "user/named", "user/again"}
@@ -382,7 +385,7 @@ def test_a_judge_repo_runs_no_code_of_its_own_accord(hub, client, tmp_path):
     evil = b"open('ran', 'w').close()\ndef generate(model, **kwargs):\n    raise SystemExit\n"
     files = dict.fromkeys(("custom_generate/generate.py", "modeling.py", "__init__.py", "setup.py"), (evil, False))
     hostile = {"auto_map": {"AutoModelForCausalLM": "modeling.Evil"}}
-    serve(hub, "user/evil", {**judge_files(), **files})
+    serve(hub, "user/evil", {**judge_files(judge_type="top_k"), **files})
     config = json.loads(judge_files()["config.json"][0])
     serve(hub, "user/mapped", {"config.json": (json.dumps(config | hostile).encode(), False), **files})
     code = """
@@ -392,7 +395,8 @@ def test_a_judge_repo_runs_no_code_of_its_own_accord(hub, client, tmp_path):
     model = random_llama()
     options = {"assistant_model": similar_model(model), "max_new_tokens": 5, "do_sample": False}
     attempt(model.generate, PROMPT, custom_generate="user/evil", **options)
-    print(os.path.exists("ran"))
+    print(model.generate(PROMPT, judge=judge, **options).shape)
     """
     lines = client(code).splitlines()
-    assert "auto_map" in lines[0] and lines[-1] == "False" and not (tmp_path / "ran").exists()
+    assert "auto_map" in lines[0] and "trust_remote_code" in " ".join(lines[1:-1])
+    assert lines[-1] == "torch.Size([1, 12])" and not (tmp_path / "ran").exists()

@@ -11,10 +11,10 @@ import datasets
 import pytest
 import reference
 import torch
-from conftest import MAX_NEW_TOKENS, random_llama, similar_model
+from conftest import MAX_NEW_TOKENS, random_llama, scaled_up, similar_model
 from kill_mining import survives
 from scipy.stats import chisquare
-from transformers import LogitsProcessorList
+from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessorList
 
 from autojudge_hf import (
     JudgeConfig,
@@ -256,6 +256,33 @@ def test_algorithm_1_on_random_models_under_instruct_configs(random_pair):
         assistant.generation_config.update(do_sample=False, repetition_penalty=None, eos_token_id=[30, 31])
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_algorithm_1_behind_sliding_windows(family):
+    """Windows of 8 over prompts and responses of 29, and soft-capped logits: the kept prefixes lose nothing."""
+    sizes = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 64, "num_key_value_heads": 1, "sliding_window": 8, "max_position_embeddings": 64}
+    sizes |= {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0, "tie_word_embeddings": False}
+    if family == "gemma2":
+        sizes |= {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}
+    torch.manual_seed(0)
+    model = scaled_up(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval())
+    assistant, task, expected = similar_model(model), LastTokens(EXAMPLES), []
+    for i, example in enumerate(EXAMPLES[:6]):
+        prompt = NumberTokenizer().encode(example["text"], False)
+        rows = reference.algorithm_1(model, assistant, NumberTokenizer(), task, prompt, 24, ())
+        expected += [(i, *row) for row in rows]
+    mined = mine_random((model, assistant), EXAMPLES[:6])
+    assert len(expected) > 10 and [(r["example_id"], *f) for r, f in zip(mined, found(mined))] == expected
+
+
+def test_examples_in_flight_change_nothing(random_pair):
+    examples = [{"text": f"3 {i} 15 {i // 2} {(i * 5) % 32}"} for i in range(30)]
+    rows = [mine_random(random_pair, examples, batch_size=batch_size) for batch_size in (1, 4, 16)]
+    assert len(rows[0]) > 50
+    for several in rows[1:]:
+        assert_same(several, rows[0])
+
+
 def test_sampled_mining_is_algorithm_1_under_one_noise(random_pair):
     noise, expected = GumbelNoise(temperature=0.7, seed=5), []
     for i, example in enumerate(EXAMPLES):
@@ -355,6 +382,15 @@ def test_response_without_answer_is_skipped_and_counted(random_pair, caplog):
     assert isinstance(rows, datasets.Dataset) and "label" in rows.column_names
 
 
+def test_a_task_that_loses_answers(random_pair, caplog):
+    class Losing(LastTokens):
+        def extract_answers(self, examples, texts):
+            return super().extract_answers(examples, texts)[:-1]
+
+    rows = mine_mismatches(*random_pair, NumberTokenizer(), EXAMPLES[:3], Losing(EXAMPLES), max_new_tokens=8)
+    assert len(rows) == 0 and "3 x ValueError: `extract_answers` gave 0 answers for 1 texts" in caplog.text
+
+
 def test_a_task_that_fails_on_an_example_doesnt_stop_the_run(random_pair, tmp_path, caplog, capsys):
     """It is recorded with its error, in the folder too; the others are mined as ever, and a line sums up."""
 
@@ -404,7 +440,11 @@ def test_a_folder_has_one_miner(random_pair, tmp_path):
     task = Meanwhile(EXAMPLES)
     options = {"max_new_tokens": 8, "output_dir": tmp_path / "mined"}
     mine_mismatches(*random_pair, NumberTokenizer(), EXAMPLES[:2], task, **options)
-    # And is free again afterwards.
+    # And is free again afterwards. A run that was killed at its very start leaves a folder like this.
+    (tmp_path / "new").mkdir()
+    for name in (".lock", "settings.part"):
+        (tmp_path / "new" / name).touch()
+    mine_random(random_pair, EXAMPLES[:2], output_dir=tmp_path / "new")
     mine_mismatches(*random_pair, NumberTokenizer(), EXAMPLES[:2], LastTokens(EXAMPLES), **options)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cards: what the Hub reads in them, what people read in them, and what a config can't smuggle into them."""
 
+import copy
 import json
 import struct
 
@@ -43,9 +44,12 @@ ROWS = [
 ]
 
 
+EVALUATION = evaluation_summary(ROWS, dataset="openai/gsm8k", split="test", num_assistant_tokens=16)
+
+
 @pytest.fixture
 def config():
-    evaluation = evaluation_summary(ROWS, dataset="openai/gsm8k", split="test", num_assistant_tokens=16)
+    evaluation = copy.deepcopy(EVALUATION)
     return JudgeConfig(
         hidden_size=4,
         threshold=0.05,
@@ -119,7 +123,7 @@ def test_names_that_no_hub_has_stay_out_of_the_metadata():
 
 def test_a_config_cannot_write_the_card(config):
     """Names with Markdown, HTML and YAML in them change no line but their own."""
-    bad = 'x\n# Click [here](http://evil)\n---\nlicense: mit\n<script>| a | `"b"` {{ 7 * 7 }}'
+    bad = '# x\n# Click [here](http://evil)\n---\nlicense: mit\n<script>| a | `"b"` {{ 7 * 7 }}'
     config.task = config.dataset = config.base_model_name_or_path = bad
     config.training = {bad: bad}
     config.evaluation = [{**row, "dataset": bad, "split": bad} for row in config.evaluation]
@@ -136,6 +140,11 @@ def test_a_config_cannot_write_the_card(config):
         ("evaluation", {"a": 1}),
         ("evaluation", [{"threshold": 0.1}]),
         ("evaluation", ["accuracy"]),
+        ("evaluation", [{**EVALUATION[1]}]),
+        ("evaluation", [EVALUATION[0], EVALUATION[0]]),
+        ("evaluation", [{**EVALUATION[0], "accuracy": 1e308}]),
+        ("decoding_settings", {"custom_generate": "user/evil"}),
+        ("decoding_settings", {"temperature": [[0.5]]}),
         ("training", {"AUC": float("nan")}),
         ("training", {"AUC": [0.5]}),
         ("license", 3),
@@ -174,10 +183,27 @@ def test_stored_cards_are_fresh(tmp_path):
     assert folders
     for folder in folders:
         config = JudgeConfig.from_dict(json.loads((folder / "config.json").read_text()))
-        AutoJudge.from_config(config).save_card(tmp_path, folder.name)
+        AutoJudge.from_config(config).save_card(tmp_path, f"user/{folder.name}")
         assert (tmp_path / "README.md").read_text() == (folder / "README.md").read_text(), folder.name
         assert description((folder / "trade_off.png").read_bytes()) == digest(JudgeCard(config, "x").curves())
         assert len(config.evaluation) >= 3 and config.training
+
+
+def test_what_could_not_be_loaded_is_not_saved(config, tmp_path):
+    judge = judge_of(config)
+    judge.config.evaluation = evaluation_summary(
+        [ROWS[0], {**ROWS[1], "threshold": 0}, {**ROWS[2], "threshold": 1}], dataset="a$b^c", split="test"
+    )
+    judge.save_pretrained(tmp_path / "judge")
+    assert AutoJudge.from_pretrained(tmp_path / "judge").config == judge.config
+    judge.config.threshold = 5
+    with pytest.raises(ValueError, match="threshold"):
+        judge.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="Train the judge first"):
+        AutoJudge.from_config(config).save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(ValueError, match="lossless"):
+        evaluation_summary(ROWS[1:], dataset="a", split="test")
 
 
 def test_trainer_describes_the_fit(tmp_path):

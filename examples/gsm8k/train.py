@@ -37,6 +37,7 @@ def main() -> None:
 
     options = vars(args)
     path, learning_curve = Path(options.pop("data_file")), options.pop("learning_curve")
+    options["push_to_hub"] &= not learning_curve
     card = {name: options.pop(name) for name in ("license", "dataset")}
     files = sorted(path.glob("examples/example-*.parquet")) if path.is_dir() else [path]
     trainer = JudgeTrainer(JudgeTrainingArguments(**options), Dataset.from_parquet([str(file) for file in files]))
