@@ -110,7 +110,7 @@ def client(hub, installed, tmp_path):
 
 
 def judge_files(**config):
-    judge = AutoJudge.from_config(JudgeConfig(hidden_size=4, **config))
+    judge = AutoJudge.from_config(JudgeConfig(**{"hidden_size": 4, **config}))
     tensors = {name: torch.ones_like(tensor) for name, tensor in judge.state_dict().items()}
     return {
         "config.json": (judge.config.to_json_string().encode(), False),
@@ -385,7 +385,7 @@ def test_a_judge_repo_runs_no_code_of_its_own_accord(hub, client, tmp_path):
     evil = b"open('ran', 'w').close()\ndef generate(model, **kwargs):\n    raise SystemExit\n"
     files = dict.fromkeys(("custom_generate/generate.py", "modeling.py", "__init__.py", "setup.py"), (evil, False))
     hostile = {"auto_map": {"AutoModelForCausalLM": "modeling.Evil"}}
-    serve(hub, "user/evil", {**judge_files(judge_type="top_k"), **files})
+    serve(hub, "user/evil", {**judge_files(judge_type="top_k", hidden_size=None), **files})
     config = json.loads(judge_files()["config.json"][0])
     serve(hub, "user/mapped", {"config.json": (json.dumps(config | hostile).encode(), False), **files})
     code = """

@@ -127,11 +127,11 @@ def test_linear_score_is_the_dot_product(linear):
     ("tensors", "messages"),
     [
         ({"weight": torch.zeros(8)}, ["missing: bias"]),
-        ({"weight": torch.zeros(8), "bias": torch.zeros(1), "more": torch.zeros(1)}, ["unexpected: more"]),
+        ({"weight": torch.zeros(8), "bias": torch.zeros(1), "more": torch.zeros(1)}, ["unexpected: 'more'"]),
         ({"weight": torch.zeros(9), "bias": torch.zeros(1)}, ["weight", "[8]", "[9]"]),
         ({"weight": torch.full((8,), torch.nan), "bias": torch.tensor([torch.inf])}, ["weight", "bias", "finite"]),
         ({"weight": torch.zeros(8).half(), "bias": torch.zeros(1)}, ["weight", "F32", "F16"]),
-        ({"wait": torch.zeros(8)}, ["missing: bias", "missing: weight", "unexpected: wait"]),
+        ({"wait": torch.zeros(8)}, ["missing: bias", "missing: weight", "unexpected: 'wait'"]),
     ],
 )
 def test_wrong_tensors_are_all_named(linear, tmp_path, tensors, messages):
