@@ -174,7 +174,7 @@ def load_mutants(mutate, filename, folder, count, seed):
     ("mutate", "filename"), [(hostile_config, "config.json"), (hostile_weights, "model.safetensors")]
 )
 def test_mutated_files(mutate, filename, tmp_path):
-    count, folder = 1500, tmp_path / "judge"
+    count, folder = 1100, tmp_path / "judge"
     folder.mkdir()
     code = f"""
 import sys
