@@ -25,7 +25,6 @@ from autojudge_hf import (
     evaluation_summary,
     mine_mismatches,
 )
-from autojudge_hf.evaluation import paired_interval
 from autojudge_hf.tasks import GSM8K
 
 
@@ -41,15 +40,25 @@ RECALLS = (0.92, 0.93, 0.94, 0.95)
 
 
 def show(row: dict, lossless: dict) -> None:
-    drop, interval = lossless["accuracy"] - row["accuracy"], paired_interval(lossless["correct"], row["correct"])
     name = "lossless" if row["threshold"] is None else f"threshold {row['threshold']:.4f}"
     gain = row["tokens_per_cycle"] / lossless["tokens_per_cycle"]
     print(
         f"{name:18}  accuracy {row['accuracy']:.1%}"
-        f"  drop {100 * drop:+.2f} points [{100 * interval[0]:+.2f}, {100 * interval[1]:+.2f}]"
+        f"  drop {100 * row['drop']:+.2f} points [{100 * row['drop_low']:+.2f}, {100 * row['drop_high']:+.2f}]"
         f"  tokens/cycle {row['tokens_per_cycle']:.2f} (x{gain:.2f})"
         f"  mean length {row['mean_response_length']:.0f}"
     )
+
+
+def measure(pair, tokenizer, task, judge, thresholds, examples, split, title, options) -> list[dict]:
+    """Decodes, prints, and returns what `judge.config.evaluation` holds."""
+    rows = evaluate_judge(*pair, tokenizer, examples, task, judge, thresholds=thresholds, **options)
+    length = options["num_assistant_tokens"]
+    rows = evaluation_summary(rows, dataset=DATASET, split=split, num_assistant_tokens=length)
+    print(f"\n{len(examples)} {title}, draft length {length}")
+    for row in rows:
+        show(row, rows[0])
+    return rows
 
 
 def make_judge(pair, tokenizer, task, take, args, options):
@@ -80,15 +89,9 @@ def make_judge(pair, tokenizer, task, take, args, options):
     important = torch.from_numpy(prediction.predictions[prediction.label_ids == 1])
     thresholds = sorted({important.quantile(1 - recall).item() for recall in RECALLS})
     judge = trainer.judge
-    lossless, *rows = evaluate_judge(
-        *pair, tokenizer, take("validation", args.num_validation), task, judge, thresholds=thresholds, **options
-    )
-    print(f"\n{args.num_validation} validation problems, draft length 16")
-    for row in (lossless, *rows):
-        show(row, lossless)
-    good = [
-        row["threshold"] for row in rows if paired_interval(lossless["correct"], row["correct"])[1] <= args.max_drop
-    ]
+    examples = take("validation", args.num_validation)
+    rows = measure(pair, tokenizer, task, judge, thresholds, examples, "validation", "validation problems", options)
+    good = [row["threshold"] for row in rows[1:] if row["drop_high"] <= args.max_drop]
     judge.config.threshold = max(good, default=0.0)
     trainer.save_model()
     return judge
@@ -108,7 +111,7 @@ def main() -> None:
         "--factors", type=float, nargs="+", default=[1.0], help="test at these multiples of the judge's threshold"
     )
     parser.add_argument(
-        "--max_drop", type=float, default=0.01, help="accuracy the threshold may cost, with 97.5 % confidence"
+        "--max_drop", type=float, default=0.01, help="accuracy the threshold may cost, with 97.5 %% confidence"
     )
     args = parser.parse_args()
     torch.set_num_threads(2)
@@ -129,11 +132,9 @@ def main() -> None:
 
     tested = take("test", args.num_test, args.seed if args.test_seed is None else args.test_seed)
     thresholds = sorted(min(1.0, factor * judge.config.threshold) for factor in args.factors)
-    rows = evaluate_judge(*pair, tokenizer, tested, task, judge, thresholds=thresholds, **options)
-    print(f"\n{args.num_test} fresh test problems, used once")
-    for row in rows:
-        show(row, rows[0])
-    judge.config.evaluation = evaluation_summary(rows, dataset=DATASET, split="test", num_assistant_tokens=16)
+    judge.config.evaluation = measure(
+        pair, tokenizer, task, judge, thresholds, tested, "test", "fresh test problems, used once", options
+    )
     judge.save_pretrained(args.judge or Path(args.output_dir) / "judge")
 
 
