@@ -155,5 +155,5 @@ def _reason(error: Exception) -> str:
         }
         return f"{meanings.get(status, 'the Hub failed')} (HTTP {status})"
     if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError):
-        return f"{error.strerror}"  # of this machine: no room, no permission
+        return error.strerror  # of this machine: no room, no permission
     return f"the connection broke ({type(error).__name__})"

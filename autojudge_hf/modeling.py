@@ -56,7 +56,8 @@ class Judge(nn.Module):
         The plot of `config.evaluation` is drawn where matplotlib is installed.
         """
         folder = Path(save_directory)
-        self._write(folder, name=folder.resolve().name)
+        self._write(folder)
+        self.save_card(folder, name=folder.resolve().name)
         self._write_custom_generate(folder, judge_id=str(folder.resolve()))
 
     def save_card(self, folder: Path, name: str, subfolder: str = "") -> None:
@@ -67,17 +68,17 @@ class Judge(nn.Module):
             plot_trade_off(card.curves(), folder / PLOT_NAME)
         (folder / CARD_NAME).write_text(card.render(), encoding="utf-8")
 
-    def _write(self, folder: Path, name: str, subfolder: str = "") -> None:
+    def _write(self, folder: Path) -> None:
+        """Config and weights."""
         if folder.is_file():
             raise OSError(f"Expected a folder to save the judge to, got the file {folder.name}.")
-        tensors = {key: tensor.contiguous() for key, tensor in self.state_dict().items()}
-        if broken := [key for key, tensor in tensors.items() if not tensor.isfinite().all()]:
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
             raise ValueError(f"{broken} have values that aren't finite. Train the judge first, or load it.")
         self.config = replace(self.config)  # checks what was set since it was made
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_NAME).write_text(self.config.to_json_string(), encoding="utf-8")
         save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-        self.save_card(folder, name, subfolder)
 
     def _write_custom_generate(self, folder: Path, judge_id: str) -> None:
         (folder / "custom_generate").mkdir(exist_ok=True)
@@ -110,12 +111,14 @@ class Judge(nn.Module):
             OSError: where the Hub refuses or can't be reached; the repository then stays as it was.
             ValueError: where it finds fault with the card, say an unknown licence; the same.
         """
-        repo_id = create_repo(repo_id, private=private, token=token)
-        with tempfile.TemporaryDirectory() as folder:
-            self._write(Path(folder), repo_id, subfolder)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            self._write(folder)  # whatever is wrong with the judge is told before there is a repository
+            repo_id = create_repo(repo_id, private=private, token=token)
+            self.save_card(folder, repo_id, subfolder)
             if not subfolder:
-                self._write_custom_generate(Path(folder), judge_id=repo_id)
-            return push_folder(Path(folder), repo_id, token=token, commit_message=commit_message, subfolder=subfolder)
+                self._write_custom_generate(folder, judge_id=repo_id)
+            return push_folder(folder, repo_id, token=token, commit_message=commit_message, subfolder=subfolder)
 
 
 class LinearJudge(Judge):
