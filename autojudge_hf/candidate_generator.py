@@ -170,10 +170,9 @@ class FormerResponses(JudgeCandidateGenerator):
         process: Callable[[torch.LongTensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> tuple[torch.LongTensor, torch.Tensor | None]:
         """As [`JudgeCandidateGenerator.get_candidates`]; `num_assistant_tokens` limits the assistant's drafts only."""
-        rows = input_ids.tolist()
-        if attention_mask is not None:
-            rows = [row[len(row) - n :] for row, n in zip(rows, attention_mask.sum(dim=1).tolist())]
-        drafts = [self._followers(former, row) for former, row in zip(self.former, rows)]
+        newest = input_ids[:, -max(self.CONTEXTS) :].tolist()
+        lengths = [input_ids.shape[1]] if attention_mask is None else attention_mask.sum(dim=1).tolist()
+        drafts = [self._followers(*row) for row in zip(self.former, newest, lengths)]
         length = min(map(len, drafts))
         if length == 0:
             return super().get_candidates(input_ids, attention_mask, max_candidates, process)
@@ -185,14 +184,16 @@ class FormerResponses(JudgeCandidateGenerator):
         super().shrink(rows, unneeded)
         self.former = [self.former[j] for j in rows]
 
-    def _followers(self, former: list[int], tokens: list[int]) -> list[int]:
-        n = len(tokens)
+    def _followers(self, former: list[int], newest: list[int], n: int) -> list[int]:
+        """What follows in `former` where a row of `n` tokens, the last of which are `newest`, joins it."""
         for length in self.CONTEXTS:
+            if length > n:
+                continue  # the row has filling there
             for start in range(max(0, n - 2 * self.CONTEXTS[0] - length), len(former) - length):
-                if former[start : start + length] == tokens[-length:]:
+                if former[start : start + length] == newest[-length:]:
                     return former[start + length :]
         # Right behind the token that differs there is no context yet.
-        return former[n:] if former[n - 1 : n] == tokens[-1:] else []
+        return former[n:] if former[n - 1 : n] == newest[-1:] else []
 
 
 class PromptLookup(CandidateGenerator):

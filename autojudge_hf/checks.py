@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 
 from .configuration import checked_threshold, decoding_settings, public_name
 from .draft_length import ADAPTIVE, DEFAULT_DRAFT_LENGTH, AdaptiveDraftLength, FixedDraftLength
-from .forward import CACHE_NAME, hidden_size, vocab_size
+from .forward import CACHE_NAME, hidden_size, other_layers, vocab_size
 from .modeling import Judge
 
 
@@ -25,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 # Pairs with one tokenizer pad its vocabulary to different sizes, Qwen2.5's by 128. Tokenizers differ by more.
 LARGEST_PADDING = 1024
-# Layers of a cache whose rows can take different numbers of tokens back.
-ATTENTION_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 
 
 def checked_draft_length(
@@ -160,7 +158,7 @@ def check_supported(
     # A single prompt may have gaps: `generate` masks whatever looks like padding in it.
     is_padded_behind = mask is not None and not mask[:, -1].all()
     is_padded_behind |= mask is not None and len(mask) > 1 and bool((mask[:, 1:] < mask[:, :-1]).any())
-    layers = sorted({type(layer).__name__ for layer in getattr(cache, "layers", [])} - ATTENTION_LAYERS)
+    layers = other_layers(cache) if type(cache) is DynamicCache else []
     known = {CACHE_NAME, "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
     known |= {"output_hidden_states", "output_attentions"}  # also in the config, which is what counts
     other = sorted(k for k, v in model_kwargs.items() if v is not None and k not in known)

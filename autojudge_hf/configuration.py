@@ -171,6 +171,7 @@ class JudgeConfig:
         self.base_model_name_or_path = public_name(self.base_model_name_or_path)
         self.assistant_model_name_or_path = public_name(self.assistant_model_name_or_path)
         self.dataset = public_name(self.dataset)
+        self.evaluation = [{**row, "dataset": public_name(row["dataset"]) or "unnamed"} for row in self.evaluation]
 
     @property
     def num_state_features(self) -> int:
@@ -232,7 +233,6 @@ def _check_evaluation(rows: Any) -> None:
     seen = set()
     for row in rows:
         _check_figures(row, "evaluation", EVALUATION_COLUMNS)
-        row["dataset"] = public_name(row["dataset"]) or "unnamed"
         measured = (row["dataset"], row["split"], row["num_examples"], row["num_assistant_tokens"])
         if (row["threshold"] is None) == (measured in seen):
             raise ValueError(

@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from .checks import checked_judge
-from .configuration import public_name
 from .forward import eos_token_ids
 from .generation import judge_decoding
 from .modeling import Judge
@@ -162,7 +161,7 @@ def evaluation_summary(
         low, high = paired_interval(lossless["correct"], row["correct"])
         summary.append(
             {
-                "dataset": public_name(dataset),
+                "dataset": dataset,
                 "split": split,
                 "num_examples": len(row["correct"]),
                 "num_assistant_tokens": num_assistant_tokens,

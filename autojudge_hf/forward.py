@@ -39,12 +39,17 @@ def rewindable_cache(model: PreTrainedModel) -> DynamicCache:
     """
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in cache.layers]
-    other = sorted({type(layer).__name__ for layer in cache.layers if type(layer) is not DynamicLayer})
-    if other:
+    if other := other_layers(cache):
         raise ValueError(
             f"{type(model).__name__} can't take tokens back: expected attention layers only, its cache has {other}."
         )
     return cache
+
+
+def other_layers(cache: Cache) -> list[str]:
+    """Kinds of the cache's layers that aren't attention's, whose rows can't take different numbers of tokens back."""
+    attention = (DynamicLayer, DynamicSlidingWindowLayer)
+    return sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in attention})
 
 
 def rewind(cache: Cache, removed: Sequence[int]) -> None:

@@ -59,9 +59,8 @@ class JudgeCard:
         return [
             EvalResult(
                 task_type="text-generation",
-                dataset_type=re.sub(
-                    r"[^\w./-]+", "-", row["dataset"]
-                ),  # an id, even where the Hub has no such dataset
+                # Shaped like an id, even where the Hub has no such dataset.
+                dataset_type=re.sub(r"[^\w./-]+", "-", row["dataset"]),
                 dataset_name=row["dataset"],
                 dataset_split=row["split"],
                 metric_type=metric,

@@ -8,10 +8,8 @@ import logging
 import pytest
 import reference
 import torch
-from conftest import MAX_NEW_TOKENS, PROMPT, left_padded, random_llama, scaled_up, similar_model
+from conftest import MAX_NEW_TOKENS, PROMPT, left_padded, random_llama, similar_model, windowed_model
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     DynamicCache,
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
@@ -114,19 +112,7 @@ def test_a_corrupted_cache_is_noticed(random_pair, monkeypatch):
 @pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text", "qwen2", "gpt2"])
 def test_lossless_across_architectures(family, top_k):
     """Sliding windows shorter than the text, soft-capped logits, learned positions."""
-    sizes = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0, "tie_word_embeddings": False}
-    if family == "gpt2":
-        sizes |= {"n_positions": 64, "attn_pdrop": 0.0}
-    else:
-        sizes |= {"intermediate_size": 64, "num_key_value_heads": 1}
-        sizes |= {"sliding_window": 8, "max_position_embeddings": 64}
-    if family.startswith("gemma"):
-        sizes |= {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}
-    if family == "qwen2":
-        sizes |= {"use_sliding_window": True, "max_window_layers": 1}
-    torch.manual_seed(0)
-    model = scaled_up(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval())
+    model = windowed_model(family)
     assistant = similar_model(model)
     # Up to the last position the models have.
     expected = model.generate(PROMPT, do_sample=False, max_new_tokens=57)

@@ -11,10 +11,10 @@ import datasets
 import pytest
 import reference
 import torch
-from conftest import MAX_NEW_TOKENS, random_llama, scaled_up, similar_model
+from conftest import MAX_NEW_TOKENS, random_llama, similar_model, windowed_model
 from kill_mining import survives
 from scipy.stats import chisquare
-from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessorList
+from transformers import LogitsProcessorList
 
 from autojudge_hf import (
     JudgeConfig,
@@ -259,13 +259,7 @@ def test_algorithm_1_on_random_models_under_instruct_configs(random_pair):
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
 def test_algorithm_1_behind_sliding_windows(family):
     """Windows of 8 over prompts and responses of 29, and soft-capped logits: the kept prefixes lose nothing."""
-    sizes = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"intermediate_size": 64, "num_key_value_heads": 1, "sliding_window": 8, "max_position_embeddings": 64}
-    sizes |= {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0, "tie_word_embeddings": False}
-    if family == "gemma2":
-        sizes |= {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}
-    torch.manual_seed(0)
-    model = scaled_up(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval())
+    model = windowed_model(family)
     assistant, task, expected = similar_model(model), LastTokens(EXAMPLES), []
     for i, example in enumerate(EXAMPLES[:6]):
         prompt = NumberTokenizer().encode(example["text"], False)
