@@ -71,9 +71,9 @@ def mine_mismatches(
         dataset (iterable of mappings): the task's examples.
         task (`Task`): prompts, answers, equivalence.
         max_new_tokens (`int`): limit of the whole response, in tokens.
-        batch_size (`int`, *optional*, defaults to 16): examples in flight at once: decoded as a batch, and their
-            answers extracted together. An example that is finished makes room for the next. The result doesn't
-            depend on it.
+        batch_size (`int`, *optional*, defaults to 16): examples decoded at once, and their answers extracted together,
+            in a thread, while another such batch is decoded. An example that is finished makes room for the next. The
+            result doesn't depend on it.
         output_dir (`str` or `Path`, *optional*): where finished examples are kept. The same call with the same
             folder goes on after an interruption.
         num_assistant_tokens (`int`, *optional*): draft length of the (lossless) decoding; changes only the speed.

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -106,35 +108,43 @@ class SemiGreedySearch:
     def __call__(
         self, examples: Iterable[tuple[int, Mapping[str, Any], list[int]]], batch_size: int
     ) -> Iterator[tuple[int, MinedExample]]:
-        """Searches `(id, example, prompt)`, `batch_size` in flight; yields `(id, result)` as they finish."""
-        waiting, searches = iter(examples), []
-        while True:
-            while len(searches) < batch_size and (new := next(waiting, None)) is not None:
-                searches.append(self._start(*new))
-            if not searches:
-                return
-            self._see_candidates(searches)
-            responses = self._continue(searches)
-            texts = [self._text(s, response) for s, response in zip(searches, responses)]
-            answers = _extract(self.task, [s.example for s in searches], texts)
-            finished: dict[int, MinedExample] = {}
-            for s, response, answer in zip(searches, responses, answers):
-                if reason := self._decide(s, response, answer):
-                    finished[s.example_id] = MinedExample([], reason)
-            searches = [s for s in searches if s.example_id not in finished]
-            found = self._next_mismatches(searches)
-            finished |= {s.example_id: MinedExample(s.rows) for s in searches if s.example_id not in found}
-            searches = [s for s in searches if s.example_id in found]
-            for example_id, example in finished.items():
-                self._target.forget(example_id)
-                self._assistant.forget(example_id)
-                yield example_id, example
+        """Searches `(id, example, prompt)`, `batch_size` at a time; yields `(id, result)` as they finish.
+
+        Twice as many are in flight: a thread extracts the answers of one batch while the other is decoded.
+        """
+        waiting, graded, searches = iter(examples), deque(), []
+        grader = ThreadPoolExecutor(max_workers=1)
+        try:
+            while True:
+                while len(searches) < batch_size and (new := next(waiting, None)) is not None:
+                    searches.append(self._start(*new))
+                if searches:
+                    graded.append(self._try(searches, grader))
+                    searches = []
+                    if len(graded) == 1:
+                        continue  # while these are graded, decode others
+                if not graded:
+                    return
+                # Two batches become one as soon as it holds them.
+                while graded and len(searches) + len(graded[0][0]) <= batch_size:
+                    going_on, finished = self._decide(*graded.popleft())
+                    searches += going_on
+                    yield from finished.items()
+        finally:
+            grader.shutdown(cancel_futures=True)
 
     def _start(self, example_id: int, example: Mapping[str, Any], prompt: list[int]) -> _Search:
         # By itself, for a pass is as wide as its longest row.
         for prefixes in (self._target, self._assistant):
             prefixes.run({example_id: prompt[:-1] or prompt}, num_last=1)
         return _Search(example_id, example, prompt, trial=prompt, position=len(prompt))
+
+    def _try(self, searches: list[_Search], grader: Executor) -> tuple[list[_Search], list[list[int]], Future]:
+        """One trial each: the searches, the responses, and the answers to come."""
+        self._see_candidates(searches)
+        responses = self._continue(searches)
+        texts = [self._text(s, response) for s, response in zip(searches, responses)]
+        return searches, responses, grader.submit(_extract, self.task, [s.example for s in searches], texts)
 
     def _see_candidates(self, searches: list[_Search]) -> None:
         """Runs the candidates through the target behind their prefixes, as a verification cycle would."""
@@ -203,8 +213,24 @@ class SemiGreedySearch:
             responses[i] = trial + tokens[: next(ends, limit)]
         return [responses.get(s.example_id, s.trial) for s in searches]
 
-    def _decide(self, s: _Search, response: list[int], answer: Any) -> str:
-        """Takes the trial's answer in; returns why the example has to be skipped, if so."""
+    def _decide(
+        self, searches: list[_Search], responses: list[list[int]], answers: Future
+    ) -> tuple[list[_Search], dict[int, MinedExample]]:
+        """Takes the trials' answers in: the searches that go on, each with its next trial, and what is finished."""
+        finished: dict[int, MinedExample] = {}
+        for s, response, answer in zip(searches, responses, answers.result()):
+            if reason := self._label(s, response, answer):
+                finished[s.example_id] = MinedExample([], reason)
+        searches = [s for s in searches if s.example_id not in finished]
+        found = self._next_mismatches(searches)
+        finished |= {s.example_id: MinedExample(s.rows) for s in searches if s.example_id not in found}
+        for example_id in finished:
+            self._target.forget(example_id)
+            self._assistant.forget(example_id)
+        return [s for s in searches if s.example_id in found], finished
+
+    def _label(self, s: _Search, response: list[int], answer: Any) -> str:
+        """Labels the trial by its answer; returns why the example has to be skipped, if so."""
         if isinstance(answer, Exception):
             return f"{type(answer).__name__}: {answer}"
         if s.sequence is None:

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import datasets
@@ -168,7 +169,7 @@ def test_interrupted_and_resumed(mined, target, draft, tokenizer, train_problems
 
         def extract_answers(self, examples, texts):
             self.calls += 1
-            if self.calls == 30:
+            if self.calls == 45:
                 raise KeyboardInterrupt
             return super().extract_answers(examples, texts)
 
@@ -275,6 +276,25 @@ def test_examples_in_flight_change_nothing(random_pair):
     assert len(rows[0]) > 50
     for several in rows[1:]:
         assert_same(several, rows[0])
+
+
+def test_one_batch_is_graded_while_another_is_decoded(random_pair):
+    """The first grading ends only when the target has run again, which it can't while someone waits for the grades."""
+    grading, ran = threading.Event(), threading.Event()
+
+    class Waiting(LastTokens):
+        def extract_answers(self, examples, texts):
+            grading.set()
+            assert ran.wait(timeout=30), "nothing was decoded meanwhile"
+            return super().extract_answers(examples, texts)
+
+    hook = random_pair[0].register_forward_pre_hook(lambda *_: ran.set() if grading.is_set() else None)
+    try:
+        options = {"max_new_tokens": 24, "batch_size": 5}
+        rows = mine_mismatches(*random_pair, NumberTokenizer(), EXAMPLES, Waiting(EXAMPLES), **options)
+    finally:
+        hook.remove()
+    assert_same(rows, mine_random(random_pair))
 
 
 def test_sampled_mining_is_algorithm_1_under_one_noise(random_pair):
