@@ -2,9 +2,10 @@
 """What a judge gains and costs on the embedded pair: mined, trained, threshold chosen, tested once.
 
     python examples/measure_judge.py --output_dir runs/measure_judge
+    python examples/measure_judge.py --task livecodebench --output_dir runs/measure_judge_programs
 
 Training problems give the judge, validation problems its threshold, and fresh test problems, used once, the figures.
-These are kept in the judge's config, and so in its card.
+These are kept in the judge's config, and so in its card. `--judge` tests one that is there, on either task.
 """
 
 from __future__ import annotations
@@ -25,18 +26,21 @@ from autojudge_hf import (
     evaluation_summary,
     mine_mismatches,
 )
-from autojudge_hf.tasks import GSM8K
+from autojudge_hf.tasks import GSM8K, LiveCodeBench
 
 
 PAIR = Path(__file__).parent / "tiny_pair"
 sys.path.insert(0, str(PAIR))
 
 from make_problems import problems  # noqa: E402  (lives beside the pair)
+from make_programs import programs  # noqa: E402
 
 
 MAX_NEW_TOKENS = 320
-DATASET = "word problems of the embedded pair"
-RECALLS = (0.92, 0.93, 0.94, 0.95)
+TASKS = {
+    "gsm8k": (GSM8K(), problems, "word problems of the embedded pair"),
+    "livecodebench": (LiveCodeBench(), programs, "programming problems of the embedded pair"),
+}
 
 
 def show(row: dict, lossless: dict) -> None:
@@ -50,25 +54,26 @@ def show(row: dict, lossless: dict) -> None:
     )
 
 
-def measure(pair, tokenizer, task, judge, thresholds, examples, split, title, options) -> list[dict]:
+def measure(pair, tokenizer, task_name, judge, thresholds, examples, split, title, options) -> list[dict]:
     """Decodes, prints, and returns what `judge.config.evaluation` holds."""
+    task, _, dataset = TASKS[task_name]
     rows = evaluate_judge(*pair, tokenizer, examples, task, judge, thresholds=thresholds, **options)
     length = options["num_assistant_tokens"]
-    rows = evaluation_summary(rows, dataset=DATASET, split=split, num_assistant_tokens=length)
+    rows = evaluation_summary(rows, dataset=dataset, split=split, num_assistant_tokens=length)
     print(f"\n{len(examples)} {title}, draft length {length}")
     for row in rows:
         show(row, rows[0])
     return rows
 
 
-def make_judge(pair, tokenizer, task, take, args, options):
+def make_judge(pair, tokenizer, take, args, options):
     """Mines, trains, chooses the threshold on validation problems, and saves."""
     folder = Path(args.output_dir)
     mined = mine_mismatches(
         *pair,
         tokenizer,
         take("train", args.num_mined),
-        task,
+        TASKS[args.task][0],
         max_new_tokens=MAX_NEW_TOKENS,
         batch_size=32,
         num_assistant_tokens=8,
@@ -87,10 +92,12 @@ def make_judge(pair, tokenizer, task, take, args, options):
     print(f"validation ROC-AUC {trainer.state.best_metric:.3f}")
 
     important = torch.from_numpy(prediction.predictions[prediction.label_ids == 1])
-    thresholds = sorted({important.quantile(1 - recall).item() for recall in RECALLS})
+    thresholds = sorted({important.quantile(1 - recall).item() for recall in args.recalls})
     judge = trainer.judge
     examples = take("validation", args.num_validation)
-    rows = measure(pair, tokenizer, task, judge, thresholds, examples, "validation", "validation problems", options)
+    rows = measure(
+        pair, tokenizer, args.task, judge, thresholds, examples, "validation", "validation problems", options
+    )
     good = [row["threshold"] for row in rows[1:] if row["drop_high"] <= args.max_drop]
     judge.config.threshold = max(good, default=0.0)
     trainer.save_model()
@@ -99,6 +106,7 @@ def make_judge(pair, tokenizer, task, take, args, options):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--task", choices=list(TASKS), default="gsm8k")
     parser.add_argument("--output_dir", default="runs/measure_judge")
     parser.add_argument("--judge", help="folder of a judge, threshold included, to test instead of making one")
     parser.add_argument("--seed", type=int, default=1, help="seed of all problems")
@@ -107,6 +115,14 @@ def main() -> None:
     parser.add_argument("--num_validation", type=int, default=2000)
     parser.add_argument("--num_test", type=int, default=1000)
     parser.add_argument("--batch_size", type=int, default=32, help="problems decoded at once; each row as if alone")
+    parser.add_argument("--num_assistant_tokens", type=int, default=16, help="draft length")
+    parser.add_argument(
+        "--recalls",
+        type=float,
+        nargs="+",
+        default=[0.92, 0.93, 0.94, 0.95],
+        help="thresholds to try: those that reject these shares of the important mismatches held out from the fit",
+    )
     parser.add_argument(
         "--factors", type=float, nargs="+", default=[1.0], help="test at these multiples of the judge's threshold"
     )
@@ -121,20 +137,23 @@ def main() -> None:
     ]
 
     def take(split: str, n: int, seed: int = args.seed) -> list[dict]:
-        return list(itertools.islice(problems(split, seed), n))
+        return list(itertools.islice(TASKS[args.task][1](split, seed), n))
 
-    task = GSM8K()
-    options = {"num_assistant_tokens": 16, "max_new_tokens": MAX_NEW_TOKENS, "batch_size": args.batch_size}
+    options = {"num_assistant_tokens": args.num_assistant_tokens, "max_new_tokens": MAX_NEW_TOKENS}
+    options["batch_size"] = args.batch_size
     if args.judge is not None:
         judge = AutoJudge.from_pretrained(args.judge)
     else:
-        judge = make_judge(pair, tokenizer, task, take, args, options)
+        judge = make_judge(pair, tokenizer, take, args, options)
 
     tested = take("test", args.num_test, args.seed if args.test_seed is None else args.test_seed)
     thresholds = sorted(min(1.0, factor * judge.config.threshold) for factor in args.factors)
-    judge.config.evaluation = measure(
-        pair, tokenizer, task, judge, thresholds, tested, "test", "fresh test problems, used once", options
+    rows = measure(
+        pair, tokenizer, args.task, judge, thresholds, tested, "test", "fresh test problems, used once", options
     )
+    # What it did on the other task stays.
+    other = [row for row in judge.config.evaluation if row["dataset"] != TASKS[args.task][2]]
+    judge.config.evaluation = other + rows
     judge.save_pretrained(args.judge or Path(args.output_dir) / "judge")
 
 

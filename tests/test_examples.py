@@ -112,6 +112,39 @@ def test_show_mismatches(tmp_path, tokenizer):
     assert tokenizer.decode(text[3:9]) in page.text
 
 
+def test_important_tokens(tmp_path):
+    """Every mismatch is counted once, under the kind of the target's token; rare ones are in the first table only."""
+
+    def save(name, counts):
+        rows = [
+            {"target_token": token, "label": int(i < important)}
+            for token, (number, important) in counts.items()
+            for i in range(number)
+        ]
+        Dataset.from_list(rows).to_parquet(tmp_path / f"{name}.parquet")
+        return f"{name}={tmp_path / name}.parquet"
+
+    words = save("words", {" 12": (30, 15), " 7": (10, 10), " so": (40, 0), "\n": (5, 0), ".": (5, 1)})
+    code = save(
+        "code", {" <": (25, 20), " in": (15, 0), "x": (20, 1), "<|end|>": (2, 2), "    ": (8, 0), "])": (4, 2)}
+    )
+    result = run("examples/important_tokens.py", words, code)
+    assert result.returncode == 0, result.stderr
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in result.stdout.splitlines()]
+    assert lines[0][1:] == ["words: 90 mismatches, 28.9% important", "code: 74 mismatches, 33.8% important"]
+    first = {line[0]: line[1:] for line in lines[2:8]}
+    assert first == {
+        "line breaks and blanks": ["0.0% of 5", "0.0% of 8"],
+        "ends of responses": ["-", "100.0% of 2"],
+        "numbers": ["62.5% of 40", "-"],
+        "operators and comparisons": ["-", "50.0% of 40"],
+        "other signs": ["20.0% of 5", "50.0% of 4"],
+        "words and names": ["0.0% of 40", "5.0% of 20"],
+    }
+    assert lines[-2:] == [["`' 12'` 50%", "`' <'` 80%"], ["`' so'` 0%", "`'x'` 5%"]]
+    assert "expected NAME=FILE" in run("examples/important_tokens.py", "mismatches.parquet").stderr
+
+
 @pytest.mark.skipif(not GSM8K_DATA.is_dir(), reason="no real GSM8K rows at ../shared/data/gsm8k")
 @pytest.mark.slow
 def test_mine_train_generate_on_real_questions(tmp_path):

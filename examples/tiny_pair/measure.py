@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures how the embedded pair behaves, on problems of any seed: the five figures of its README.
+"""Measures how the embedded pair behaves, on problems of any seed: the figures of its README.
 
 python examples/tiny_pair/measure.py --seed 1
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from make_problems import problems
+from make_programs import programs
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
@@ -25,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from autojudge_hf import AutoJudge, JudgeConfig, evaluate_judge, mine_mismatches
 from autojudge_hf.forward import cached_forward
-from autojudge_hf.tasks import GSM8K
+from autojudge_hf.tasks import GSM8K, LiveCodeBench, Task
 
 
 HERE = Path(__file__).parent
@@ -33,9 +34,9 @@ MAX_NEW_TOKENS = 320
 C_GRID = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
 
 
-def accuracy_and_length(model, tokenizer, examples: list[dict], name: str) -> tuple[float, float]:
+def accuracy_and_length(model, tokenizer, task: Task, examples: list[dict], name: str) -> tuple[float, float]:
     """Greedy, in batches."""
-    task, correct, tokens = GSM8K(), 0, 0
+    correct, tokens = 0, 0
     for start in tqdm(range(0, len(examples), 50), desc=f"solving, {name}"):
         batch = examples[start : start + 50]
         prompts = [task.prompt(example, tokenizer) for example in batch]
@@ -106,30 +107,38 @@ def main() -> None:
     target, draft = (
         AutoModelForCausalLM.from_pretrained(HERE / role, dtype=torch.float32).eval() for role in ("target", "draft")
     )
-    test = list(itertools.islice(problems("test", args.seed), args.num_problems))
+    words, code = GSM8K(), LiveCodeBench()
+    test, test_code = (
+        list(itertools.islice(stream("test", args.seed), args.num_problems)) for stream in (problems, programs)
+    )
     train = list(itertools.islice(problems("train", args.seed), args.num_mined))
 
-    solved, length = accuracy_and_length(target, tokenizer, test, "target")
-    draft_solved, _ = accuracy_and_length(draft, tokenizer, test, "draft")
+    solved, length = accuracy_and_length(target, tokenizer, words, test, "target")
+    draft_solved, _ = accuracy_and_length(draft, tokenizer, words, test, "draft")
+    solved_code, length_code = accuracy_and_length(target, tokenizer, code, test_code, "target, programs")
+    draft_solved_code, _ = accuracy_and_length(draft, tokenizer, code, test_code, "draft, programs")
     costs = {(role, n): milliseconds(m, n) for role, m in (("target", target), ("draft", draft)) for n in (1, 17)}
     never = AutoJudge.from_config(JudgeConfig(judge_type="top_k"))
-    (lossless,) = evaluate_judge(
-        target,
-        draft,
-        tokenizer,
-        test[:60],
-        GSM8K(),
-        never,
-        thresholds=[],
-        num_assistant_tokens=16,
-        max_new_tokens=MAX_NEW_TOKENS,
+    (lossless,), (lossless_code,) = (
+        evaluate_judge(
+            target,
+            draft,
+            tokenizer,
+            examples[:60],
+            task,
+            never,
+            thresholds=[],
+            num_assistant_tokens=16,
+            max_new_tokens=MAX_NEW_TOKENS,
+        )
+        for task, examples in ((words, test), (code, test_code))
     )
     mined = mine_mismatches(
         target,
         draft,
         tokenizer,
         train,
-        GSM8K(),
+        words,
         max_new_tokens=MAX_NEW_TOKENS,
         num_assistant_tokens=8,
         logit_features=True,
@@ -145,17 +154,23 @@ def main() -> None:
     )
 
     print(f"\nseed {args.seed}, fp32, {torch.get_num_threads()} threads")
-    print(f"1. solved greedily, {len(test)} held-out problems: target {solved:.1%}, draft {draft_solved:.1%}")
+    print(
+        f"1. solved greedily by target and draft, {len(test)} held-out problems each: "
+        f"words {solved:.1%} and {draft_solved:.1%}, programs {solved_code:.1%} and {draft_solved_code:.1%}"
+    )
     print(
         f"2. one forward of 1 token: target {costs['target', 1]:.2f} ms, draft {costs['draft', 1]:.2f} ms, "
         f"ratio {costs['target', 1] / costs['draft', 1]:.1f}; of 17 tokens: target {costs['target', 17]:.2f} ms"
     )
-    print(f"3. lossless tokens per cycle at draft length 16: {lossless['tokens_per_cycle']:.2f};")
     print(
-        f"   {len(train)} problems mined: {len(mined) / len(train):.1f} mismatches a problem, "
+        f"3. lossless tokens per cycle at draft length 16: words {lossless['tokens_per_cycle']:.2f}, "
+        f"programs {lossless_code['tokens_per_cycle']:.2f};"
+    )
+    print(
+        f"   {len(train)} word problems mined: {len(mined) / len(train):.1f} mismatches a problem, "
         f"{labels.mean():.1%} important"
     )
-    print(f"4. mean response: {length:.0f} tokens")
+    print(f"4. mean response: words {length:.0f} tokens, programs {length_code:.0f}")
     print(
         f"5. ROC-AUC, 5-fold by problem: token identities {by_token:.3f}, target states {by_state:.3f}, "
         f"logit features {by_logits:.3f}, both {by_both:.3f}"
