@@ -19,14 +19,56 @@ def test_seeded_sampling_repeats_and_differs_from_greedy(random_pair, linear_jud
     assert runs[0] == runs[1] != runs[2]
 
 
-def exact_distribution(model, draft, prompt, threshold):
+def warm(logits, tokens):
+    """Temperature 0.9, and nothing else."""
+    return (logits / 0.9).softmax(-1).double()
+
+
+def among_the_best(logits, tokens):
+    """`top_k=4`."""
+    p = warm(logits, tokens)
+    p[p < p.sort().values[-4]] = 0
+    return p / p.sum()
+
+
+def nucleus(logits, tokens):
+    """`top_p=0.8`: the fewest tokens that have it together."""
+    p = warm(logits, tokens)
+    best, order = p.sort(descending=True)
+    p[order[1 + int((best.cumsum(0) < 0.8).sum()) :]] = 0
+    return p / p.sum()
+
+
+def not_much_worse(logits, tokens):
+    """`min_p=0.5`."""
+    p = warm(logits, tokens)
+    p[p < 0.5 * p.max()] = 0
+    return p / p.sum()
+
+
+def not_again(logits, tokens):
+    """`repetition_penalty=1.8`: depends on what was written, rejected candidates not among it."""
+    seen = torch.zeros(8, dtype=bool).index_fill(0, torch.tensor(tokens), True)
+    return warm(torch.where(seen, torch.where(logits > 0, logits / 1.8, logits * 1.8), logits), tokens)
+
+
+SHAPES = {
+    among_the_best: {"top_k": 4},
+    nucleus: {"top_p": 0.8},
+    not_much_worse: {"min_p": 0.5},
+    not_again: {"repetition_penalty": 1.8},
+}
+
+
+def exact_distribution(model, draft, prompt, threshold, shape=warm):
     """Of three tokens: the target's first, then two positions under the formula for judged sampling.
 
-    `draft(response)` is the distribution that the candidate behind `response` is drawn from.
+    `draft(response)` is the distribution that the candidate behind `response` is drawn from; `shape(logits, tokens)`
+    makes one of logits.
     """
 
     def one(*response):
-        p = (reference.logits_after(model, [*prompt, *response])[-1] / 0.9).softmax(-1).double()
+        p = shape(reference.logits_after(model, [*prompt, *response])[-1], [*prompt, *response])
         q = draft(response) if response else None
         if q is None:
             return p
@@ -63,8 +105,8 @@ def pair_of_eight():
     return model, similar_model(model, noise=1.0)
 
 
-def drafted_by(assistant):
-    return lambda response: (reference.logits_after(assistant, [*SHORT, *response])[-1] / 0.9).softmax(-1).double()
+def drafted_by(assistant, shape=warm):
+    return lambda response: shape(reference.logits_after(assistant, [*SHORT, *response])[-1], [*SHORT, *response])
 
 
 def looked_up(response):
@@ -90,7 +132,8 @@ SHORT, REPETITIVE = [1, 5, 2], [1, 5, 2, 7, 1, 4, 5, 1, 6, 3, 4, 2]
 
 
 def sampled(model, prompt, num_rows, calls, **options):
-    options |= {"do_sample": True, "temperature": 0.9, "top_k": 0, "max_new_tokens": 4, "num_assistant_tokens": 2}
+    options = {"top_k": 0, "do_sample": True, "temperature": 0.9, "max_new_tokens": 4, **options}
+    options["num_assistant_tokens"] = 2
     torch.manual_seed(0)
     counts = torch.zeros(512)
     for _ in range(calls):
@@ -118,6 +161,16 @@ def test_sampling_has_the_exact_distribution(pair_of_eight, top_k, num_rows, cal
         assert (expected - lossless).abs().sum() > 0.1
     options = {"assistant_model": assistant, "judge": top_k, "judge_threshold": threshold}
     assert chi_square_p(sampled(model, SHORT, num_rows, calls, **options), expected) > 0.01
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.6])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_processors_shape_both_distributions(pair_of_eight, top_k, shape, threshold):
+    model, assistant = pair_of_eight
+    expected = exact_distribution(model, drafted_by(assistant, shape), SHORT, threshold, shape)
+    assert (expected - exact_distribution(model, drafted_by(assistant), SHORT, threshold)).abs().sum() > 0.1
+    options = {"assistant_model": assistant, "judge": top_k, "judge_threshold": threshold, **SHAPES[shape]}
+    assert chi_square_p(sampled(model, SHORT, 4000, 5, **options), expected) > 0.01
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.6])

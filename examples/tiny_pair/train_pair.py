@@ -63,7 +63,6 @@ SHAPES = {
 COPY_STEPS = {"target": 800, "draft": 600}
 PLAIN_STEPS = {"target": 500, "draft": 400}
 FREE_STEPS = {"target": 1600, "draft": 1500}
-PROGRAM_SHARE = 0.5
 IGNORE = -100
 
 
@@ -132,7 +131,7 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def batches(
-    tokenizer: PreTrainedTokenizerBase, seed: int, batch_size: int, plain: bool
+    tokenizer: PreTrainedTokenizerBase, seed: int, batch_size: int, program_share: float, plain: bool
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """Endless `(input_ids, labels)` of similar lengths, labels shifted, -100 outside the responses.
 
@@ -143,7 +142,7 @@ def batches(
     while True:
         rows = []
         for _ in range(32 * batch_size):
-            if rng.random() < PROGRAM_SHARE:
+            if rng.random() < program_share:
                 example = next(programming)
                 prompt, answer = livecodebench.prompt(example, tokenizer), example["answer"]
             elif plain and rng.random() < 1 / 3:
@@ -244,8 +243,8 @@ def train_model(name: str, tokenizer: PreTrainedTokenizerBase, args: argparse.Na
     started, tokens, running = time.perf_counter(), 0, None
     streams = [
         copies(len(tokenizer), args.seed, args.batch_size),
-        batches(tokenizer, args.seed, args.batch_size, plain=True),
-        batches(tokenizer, args.seed + 1, args.batch_size, plain=False),
+        batches(tokenizer, args.seed, args.batch_size, args.program_share, plain=True),
+        batches(tokenizer, args.seed + 1, args.batch_size, args.program_share, plain=False),
     ]
     free_from, steps = args.copy_steps + args.plain_steps, args.copy_steps + args.plain_steps + args.free_steps
     progress = tqdm(range(steps), desc=name, mininterval=5)
@@ -283,6 +282,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder to write (default: beside this script)")
     parser.add_argument("--resume_from", type=Path, help="folder of weights to start from")
     parser.add_argument("--keep", type=float, default=0.0, help="share of the weights it started from in the result")
+    parser.add_argument("--program_share", type=float, default=0.5, help="share of programs among the problems")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
