@@ -191,6 +191,24 @@ class MinedExamples:
         return hashlib.sha256(str(self.prompts[example_id]).encode()).hexdigest()
 
 
+def read_mismatches(path: str | Path) -> datasets.Dataset:
+    """Mined rows from a Parquet file, or from a miner's folder: those of the examples finished so far.
+
+    Raises:
+        ValueError: where there are none.
+    """
+    import datasets
+    import pyarrow.parquet
+
+    path = Path(path)
+    files = sorted(path.rglob("example-*.parquet")) if path.is_dir() else [path]
+    # An example without mismatches has a file, too, which `datasets` wouldn't read.
+    with_rows = [str(file) for file in files if pyarrow.parquet.read_metadata(file).num_rows]
+    if not with_rows:
+        raise ValueError(f"Expected mined mismatches in {path.name}, found none in {len(files)} Parquet files.")
+    return datasets.Dataset.from_parquet(with_rows)
+
+
 def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Under another name first, so that no reader ever sees half a file."""
     part = _part_of(path)

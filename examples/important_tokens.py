@@ -3,6 +3,7 @@
 
     python examples/important_tokens.py words=runs/gsm8k/mismatches.parquet code=runs/code/mismatches.parquet
 
+Instead of a file, a folder that is being mined will do.
 A mismatch is counted under the token that the target wrote. A share is of the mismatches that are important.
 """
 
@@ -45,17 +46,17 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("data", nargs="+", metavar="NAME=FILE", help="Parquet file of mined mismatches, and its name")
+    parser.add_argument("data", nargs="+", metavar="NAME=FILE", help="mined mismatches, and what to call them")
     parser.add_argument("--num_tokens", type=int, default=8, help="tokens a task in the second table")
     args = parser.parse_args()
     if wrong := [text for text in args.data if not all(text.partition("="))]:
         parser.error(f"expected NAME=FILE, such as code=mismatches.parquet, got {', '.join(wrong)}")
 
-    from datasets import Dataset
+    from autojudge_hf.mined_examples import read_mismatches
 
     names, kinds, tokens = [], [], []
     for name, _, file in (text.partition("=") for text in args.data):
-        mined = Dataset.from_parquet(file)
+        mined = read_mismatches(file)
         written, labels = mined["target_token"][:], mined["label"][:]
         names.append(f"{name}: {len(labels)} mismatches, {sum(labels) / max(1, len(labels)):.1%} important")
         kinds.append(shares([kind_of(token) for token in written], labels))

@@ -18,8 +18,10 @@ from test_trainer import made_up
 
 
 sys.path.insert(0, str(PAIR))
+sys.path.insert(0, str(ROOT / "examples"))
 
 from make_problems import SPLITS, problems
+from measure_oracle import cycles
 
 
 GSM8K_DATA = SHARED_DATA / "gsm8k"
@@ -143,6 +145,15 @@ def test_important_tokens(tmp_path):
     }
     assert lines[-2:] == [["`' 12'` 50%", "`' <'` 80%"], ["`' so'` 0%", "`'x'` 5%"]]
     assert "expected NAME=FILE" in run("examples/important_tokens.py", "mismatches.parquet").stderr
+
+
+def test_cycles_of_an_oracle():
+    """A draft ends at an important position or at its length, and one token of the target follows either way."""
+    assert cycles(10, 111, [], 4) == 20  # 100 tokens behind the prefill's, five a cycle
+    assert cycles(10, 111, list(range(11, 111)), 4) == 100
+    assert cycles(10, 111, [], 200) == 1
+    assert cycles(0, 12, [4, 5], 8) == 3  # 1-4, 5, 6-11
+    assert cycles(0, 12, [0], 8) == 2  # the prefill's own token ends no draft
 
 
 @pytest.mark.skipif(not GSM8K_DATA.is_dir(), reason="no real GSM8K rows at ../shared/data/gsm8k")

@@ -26,6 +26,7 @@ from autojudge_hf import (
     mine_mismatches,
 )
 from autojudge_hf.features import logit_features
+from autojudge_hf.mined_examples import read_mismatches
 from autojudge_hf.search import GumbelNoise
 from autojudge_hf.tasks import GSM8K, Task
 
@@ -165,11 +166,8 @@ def test_interrupted_and_resumed(mined, target, draft, tokenizer, train_problems
     folder = tmp_path / "mined"
 
     class Interrupted(GSM8K):
-        calls = 0
-
         def extract_answers(self, examples, texts):
-            self.calls += 1
-            if self.calls == 45:
+            if list(folder.glob("example-*.parquet")):
                 raise KeyboardInterrupt
             return super().extract_answers(examples, texts)
 
@@ -423,6 +421,24 @@ def test_a_task_that_fails_on_an_example_doesnt_stop_the_run(random_pair, tmp_pa
     assert re.search(re.escape(summary) + r"\d+ target forwards .* GiB of memory\n", capsys.readouterr().err)
     again = mine_mismatches(*random_pair, NumberTokenizer(), EXAMPLES, Failing(EXAMPLES), **options)
     assert found(again) == found(rows)
+
+
+def test_reading_what_a_miner_left(random_pair, tmp_path):
+    """From its folder, an example without mismatches among them, or from one file."""
+
+    class Silent(LastTokens):
+        def extract_answers(self, examples, texts):
+            answers = super().extract_answers(examples, texts)
+            return [None if example is EXAMPLES[2] else answer for example, answer in zip(examples, answers)]
+
+    options = {"max_new_tokens": 24, "batch_size": 5, "output_dir": tmp_path / "mined"}
+    mined = mine_mismatches(*random_pair, NumberTokenizer(), EXAMPLES, Silent(EXAMPLES), **options)
+    mined.to_parquet(tmp_path / "mined.parquet")
+    for path in (tmp_path / "mined", tmp_path / "mined.parquet"):
+        assert read_mismatches(path).to_list() == mined.to_list()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="mined mismatches in empty, found none in 0"):
+        read_mismatches(tmp_path / "empty")
 
 
 def test_a_damaged_file_is_mined_again(random_pair, tmp_path, caplog):

@@ -7,7 +7,6 @@ python examples/gsm8k/train.py --data_file runs/mined/mismatches.parquet --outpu
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from transformers import HfArgumentParser
 
@@ -31,16 +30,14 @@ class Arguments:
 def main() -> None:
     (args,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses()
 
-    from datasets import Dataset
-
     from autojudge_hf import JudgeTrainer, JudgeTrainingArguments
+    from autojudge_hf.mined_examples import read_mismatches
 
     options = vars(args)
-    path, learning_curve = Path(options.pop("data_file")), options.pop("learning_curve")
+    path, learning_curve = options.pop("data_file"), options.pop("learning_curve")
     options["push_to_hub"] &= not learning_curve
     card = {name: options.pop(name) for name in ("license", "dataset")}
-    files = sorted(path.glob("examples/example-*.parquet")) if path.is_dir() else [path]
-    trainer = JudgeTrainer(JudgeTrainingArguments(**options), Dataset.from_parquet([str(file) for file in files]))
+    trainer = JudgeTrainer(JudgeTrainingArguments(**options), read_mismatches(path))
     if learning_curve:
         for point in trainer.learning_curve():
             print(f"{point['num_examples']:6} problems  validation ROC-AUC {point['eval_auc']:.3f}")
