@@ -28,7 +28,10 @@ class Task(ABC):
 
     @abstractmethod
     def extract_answers(self, examples: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[Any]:
-        """One answer, or `None`, for each response in `texts`. Batched, so that a grader can run in parallel."""
+        """One answer, or `None`, for each response in `texts`. Batched, so that a grader can run in parallel.
+
+        Mining calls it in a thread, one call at a time, while it decodes.
+        """
 
     @abstractmethod
     def is_correct(self, example: Mapping[str, Any], answer: Any) -> bool:
