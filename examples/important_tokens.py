@@ -65,8 +65,9 @@ def main() -> None:
     def share(counted: dict, kind: str) -> str:
         return "-" if kind not in counted else f"{counted[kind][1]:.1%} of {counted[kind][0]}"
 
+    found = [kind for kind in KINDS if any(kind in counted for counted in kinds)]
     print(
-        table(["the target's token", *names], [[kind, *(share(counted, kind) for counted in kinds)] for kind in KINDS])
+        table(["the target's token", *names], [[kind, *(share(counted, kind) for counted in kinds)] for kind in found])
     )
     columns = []
     for counted in tokens:
