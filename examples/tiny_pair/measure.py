@@ -77,7 +77,8 @@ def state_gap(dtype: torch.dtype, rows: list[dict]) -> float:
             cache = DynamicCache(config=model.config)
             cached_forward(model, tokens[:, :start], cache)
             block = tokens[:, start : start + length]
-            states.append(cached_forward(model, block, cache, output_states=True).states[0, 1].float())
+            outputs = cached_forward(model, block, cache, num_logits=length, output_states=True)
+            states.append(outputs.states[0, 1].float())
         gaps.append(((states[0] - states[1]).norm() / states[1].norm()).item())
     return statistics.mean(gaps)
 
