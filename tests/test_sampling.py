@@ -132,8 +132,8 @@ SHORT, REPETITIVE = [1, 5, 2], [1, 5, 2, 7, 1, 4, 5, 1, 6, 3, 4, 2]
 
 
 def sampled(model, prompt, num_rows, calls, **options):
-    options = {"top_k": 0, "do_sample": True, "temperature": 0.9, "max_new_tokens": 4, **options}
-    options["num_assistant_tokens"] = 2
+    options = {"top_k": 0, **options, "do_sample": True, "temperature": 0.9}
+    options |= {"max_new_tokens": 4, "num_assistant_tokens": 2}
     torch.manual_seed(0)
     counts = torch.zeros(512)
     for _ in range(calls):
