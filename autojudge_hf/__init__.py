@@ -4,11 +4,22 @@
 from .adapter import install_judge_argument
 from .configuration import JudgeConfig
 from .dataset_card import push_mismatches_to_hub
-from .evaluation import evaluate_judge, evaluation_summary
+from .evaluation import calibrate_threshold, evaluate_judge, evaluation_summary
 from .generation import JudgeDecoderOnlyOutput, judge_decoding
-from .mined_features import compute_features
+from .mined_features import compute_features, select_features
 from .mining import mine_mismatches
-from .modeling import AutoJudge, EntropyJudge, Judge, KLJudge, LinearJudge, MarginJudge, TopKJudge
+from .modeling import (
+    AutoJudge,
+    EntropyJudge,
+    Judge,
+    KLJudge,
+    LinearJudge,
+    MarginJudge,
+    MLPJudge,
+    RuleJudge,
+    TopKJudge,
+    symbol_token_ids,
+)
 from .trainer import JudgeTrainer
 from .training_args import JudgeTrainingArguments
 from .version import __version__ as __version__
@@ -24,13 +35,18 @@ __all__ = [
     "JudgeTrainingArguments",
     "KLJudge",
     "LinearJudge",
+    "MLPJudge",
     "MarginJudge",
+    "RuleJudge",
     "TopKJudge",
+    "calibrate_threshold",
     "compute_features",
     "evaluate_judge",
     "evaluation_summary",
     "judge_decoding",
     "mine_mismatches",
     "push_mismatches_to_hub",
+    "select_features",
+    "symbol_token_ids",
 ]
 install_judge_argument()

@@ -10,7 +10,7 @@ import torch
 from transformers.generation import CandidateGenerator
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
-from .forward import cached_forward, rewind, rewindable_cache, shrink, vocab_size
+from .forward import cached_forward, of_vocabulary, rewind, rewindable_cache, shrink, vocab_size
 
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ class JudgeCandidateGenerator(CandidateGenerator):
         unfinished = set(range(len(input_ids)))
         for _ in range(min(self.num_assistant_tokens, limit)):
             outputs = self._forward(tokens, attention_mask)
-            next_logits = outputs.logits[:, -1:, : self.target_vocab_size].to(input_ids.device, torch.float32)
-            next_logits = self._padded(next_logits)
+            next_logits = of_vocabulary(outputs.logits[:, -1:], self.target_vocab_size)
+            next_logits = next_logits.to(input_ids.device, torch.float32)
             if process is not None:
                 next_logits = process(candidate_ids, next_logits)
             if self.do_sample:
@@ -136,11 +136,6 @@ class JudgeCandidateGenerator(CandidateGenerator):
             # The assistant lacks some of the target's tokens; any other will do: only the draft gets worse.
             tokens = tokens.clamp(max=self.vocab_size - 1)
         return cached_forward(self.assistant_model, tokens, self.cache, mask, output_states=self.output_states)
-
-    def _padded(self, logits: torch.Tensor) -> torch.Tensor:
-        """Pairs may pad one vocabulary to different sizes: tokens that the assistant lacks are never drawn."""
-        missing = self.target_vocab_size - logits.shape[-1]
-        return torch.nn.functional.pad(logits, (0, missing), value=float("-inf")) if missing else logits
 
 
 class FormerResponses(JudgeCandidateGenerator):

@@ -62,7 +62,7 @@ def checked_draft_length(
 
 def checked_judge(
     judge: Judge | None,
-    judge_threshold: float | None,
+    judge_threshold: float | str | None,
     model: PreTrainedModel,
     assistant_model: PreTrainedModel | None,
     generation_config: GenerationConfig,
@@ -71,7 +71,7 @@ def checked_judge(
 
     Raises:
         ValueError: for something else than a judge, a judge of other hidden sizes or of states that nobody computes, a
-            threshold outside [0, 1].
+            threshold outside [0, 1] or a name that its config doesn't have.
     """
     if judge is None:
         if judge_threshold is not None:
@@ -101,7 +101,9 @@ def checked_judge(
                 f"{config.assistant_model_name_or_path}: use that pair, or train a judge for this one."
             )
     threshold = config.threshold
-    if judge_threshold is not None:
+    if isinstance(judge_threshold, str):
+        threshold = config.threshold_named(judge_threshold)
+    elif judge_threshold is not None:
         threshold = checked_threshold(judge_threshold, "judge_threshold")
     if threshold > 0.0 and judge.reads_states:
         _warn_of_another_pair(judge, model, assistant_model)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -16,7 +17,19 @@ from .version import __version__
 STATE_POSITIONS = ("candidate", "previous", "both")
 # What verification knows of a candidate besides the states: see `features.logit_features`.
 LOGIT_FEATURES = ("log_probability", "gap_to_best", "log_rank", "entropy")
-DEFAULT_THRESHOLDS = {"linear": 0.5, "top_k": 0.6, "margin": 0.9, "entropy": 0.91, "kl": 0.5}
+# And what the distribution it was drafted from adds: see `features.assistant_logit_features`.
+ASSISTANT_LOGIT_FEATURES = ("assistant_log_probability", "kl")
+#: The types of judges that are trained.
+LEARNED = ("linear", "mlp")
+DEFAULT_THRESHOLDS = {
+    "linear": 0.5,
+    "mlp": 0.5,
+    "top_k": 0.6,
+    "rule": 0.6,
+    "margin": 0.9,
+    "entropy": 0.91,
+    "kl": 0.5,
+}
 
 # How a response was decoded, as far as it changes which candidates are mismatches, with the values of plain greedy
 # decoding. A judge records the settings it was mined under; decoding compares its own with them.
@@ -87,8 +100,8 @@ class JudgeConfig:
 
     Args:
         judge_type (`str`, *optional*, defaults to `"linear"`):
-            Which judge: `"linear"` (learned), or one that needs no training: `"top_k"`, `"margin"`, `"entropy"`,
-            `"kl"`.
+            Which judge: a learned one, `"linear"` or `"mlp"`, or one that needs no training: `"top_k"`, `"rule"`,
+            `"margin"`, `"entropy"`, `"kl"`.
         hidden_size (`int`, *optional*):
             Width of the target's last hidden state, in floats; `None` if the judge doesn't read it.
         assistant_hidden_size (`int`, *optional*):
@@ -100,9 +113,18 @@ class JudgeConfig:
             Whether the judge also reads, from the target's logits at the candidate's position, the candidate's
             log-probability (nats), its distance to the best token's, the logarithm of its rank, and the entropy
             (nats). Costs one softmax over the candidates' positions per cycle.
+        assistant_logit_features (`bool`, *optional*, defaults to `False`):
+            Whether it reads the assistant's log-probability of the candidate and the KL divergence of the models' two
+            distributions (nats), too. Costs another softmax, and keeps the logits of the draft.
+        intermediate_size (`int`, *optional*):
+            Hidden units of an `"mlp"` judge (32 by default); `None` for any other.
+        important_token_ids (`list[int]`, *optional*):
+            Tokens that a `"rule"` judge never gives up or lets in.
         threshold (`float`, *optional*):
             A mismatch is accepted when its importance score, in [0, 1], is below. What a score means, the judge's
-            class says. Defaults to 0.5 (linear, kl), 0.6 (top_k), 0.9 (margin) or 0.91 (entropy).
+            class says. Defaults to 0.5 (linear, mlp, kl), 0.6 (top_k, rule), 0.9 (margin) or 0.91 (entropy).
+        thresholds (`dict[str, float]`, *optional*):
+            Thresholds by name, for `judge_threshold="1 point"`; [`calibrate_threshold`] names them by what they cost.
         base_model_name_or_path, base_model_revision (`str`, *optional*):
             The target, by Hub id or base name, and its commit.
         assistant_model_name_or_path, assistant_model_revision (`str`, *optional*):
@@ -127,7 +149,11 @@ class JudgeConfig:
     assistant_hidden_size: int | None = None
     state_position: str = "candidate"
     logit_features: bool = False
+    assistant_logit_features: bool = False
+    intermediate_size: int | None = None
+    important_token_ids: list[int] = field(default_factory=list)
     threshold: float | None = None
+    thresholds: dict[str, float] = field(default_factory=dict)
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     assistant_model_name_or_path: str | None = None
@@ -140,7 +166,9 @@ class JudgeConfig:
     evaluation: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "assistant_hidden_size"):
+        if self.judge_type == "mlp" and self.intermediate_size is None:
+            self.intermediate_size = 32
+        for name in ("hidden_size", "assistant_hidden_size", "intermediate_size"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or not 0 < value < 2**31):
                 raise ValueError(f"`{name}` must be a positive int, below 2**31, or None, got {value!r:.100}.")
@@ -148,8 +176,12 @@ class JudgeConfig:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"`{name}` must be a string, got {type(value).__name__}.")
-        if not isinstance(self.logit_features, bool):
-            raise ValueError(f"`logit_features` must be True or False, got {self.logit_features!r:.50}.")
+        for name in ("logit_features", "assistant_logit_features"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r:.50}.")
+        ids = self.important_token_ids
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+            raise ValueError(f"`important_token_ids` must be a list of token ids, got {ids!r:.100}.")
         if self.state_position not in STATE_POSITIONS:
             raise ValueError(
                 f"`state_position` must be one of {list(STATE_POSITIONS)}, got {self.state_position!r:.50}."
@@ -157,6 +189,9 @@ class JudgeConfig:
         if self.threshold is None:
             self.threshold = DEFAULT_THRESHOLDS.get(self.judge_type, 0.5)
         self.threshold = checked_threshold(self.threshold, "threshold")
+        if not isinstance(self.thresholds, dict) or not all(isinstance(name, str) for name in self.thresholds):
+            raise ValueError(f"`thresholds` must be a dict of names and thresholds, got {self.thresholds!r:.100}.")
+        self.thresholds = {name: checked_threshold(t, "thresholds") for name, t in self.thresholds.items()}
         if not isinstance(self.decoding_settings, dict) or set(self.decoding_settings) - set(GREEDY_SETTINGS):
             raise ValueError(
                 f"`decoding_settings` must be a dict with keys of {sorted(GREEDY_SETTINGS)}, got "
@@ -174,15 +209,40 @@ class JudgeConfig:
         self.evaluation = [{**row, "dataset": public_name(row["dataset"]) or "unnamed"} for row in self.evaluation]
 
     @property
+    def feature_columns(self) -> dict[str, slice]:
+        """Where each group of the floats lies that a mismatch is judged by, in their order."""
+        positions = ("previous", "candidate") if self.state_position == "both" else (self.state_position,)
+        widths = {
+            **{f"assistant state, {position}": self.assistant_hidden_size or 0 for position in positions},
+            **{f"target state, {position}": self.hidden_size or 0 for position in positions},
+            "logit features": len(LOGIT_FEATURES) * self.logit_features,
+            "assistant logit features": len(ASSISTANT_LOGIT_FEATURES) * self.assistant_logit_features,
+        }
+        ends = itertools.accumulate(widths.values())
+        return {name: slice(end - width, end) for (name, width), end in zip(widths.items(), ends) if width}
+
+    @property
     def num_state_features(self) -> int:
-        """Floats of hidden states that a mismatch is judged by: the assistant's, then the target's."""
-        positions = 2 if self.state_position == "both" else 1
-        return positions * ((self.assistant_hidden_size or 0) + (self.hidden_size or 0))
+        """Floats of hidden states among them, which come first."""
+        return max((at.stop for name, at in self.feature_columns.items() if "state" in name), default=0)
 
     @property
     def num_features(self) -> int:
-        """All floats a mismatch is judged by: states, then what the logits say."""
-        return self.num_state_features + (len(LOGIT_FEATURES) if self.logit_features else 0)
+        """How many floats there are."""
+        return max((at.stop for at in self.feature_columns.values()), default=0)
+
+    def threshold_named(self, name: str) -> float:
+        """The threshold of that name in `thresholds`.
+
+        Raises:
+            ValueError: where there is none.
+        """
+        if name not in self.thresholds:
+            raise ValueError(
+                f"The judge has no threshold named {name!r:.50}, it has {list(self.thresholds)!s:.200}. Pass one of "
+                "these names or a number in [0, 1]; `calibrate_threshold` measures thresholds and names them."
+            )
+        return self.thresholds[name]
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "autojudge_hf_version": __version__}

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -15,13 +18,16 @@ from transformers import GenerationConfig
 
 from .checks import checked_judge
 from .forward import eos_token_ids
-from .generation import judge_decoding
+from .generation import JudgeDecoderOnlyOutput, judge_decoding
 from .modeling import Judge
 from .tasks import Task
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate_judge(
@@ -48,30 +54,114 @@ def evaluate_judge(
         batch_size (`int`, *optional*, defaults to 1): prompts decoded at once.
 
     Returns:
-        `list[dict]`: the lossless row, then one per threshold, with `threshold` (`None`: lossless), `accuracy`,
-        `tokens_per_cycle`, `tokens_per_second`, `mean_response_length` (tokens), `correct` (one bool per example, for
-        paired comparisons) and `texts` (the responses).
+        `list[dict]`: the lossless row, then one per threshold, with `threshold` (`None`: lossless), and what
+        [`measure_decoding`] says.
 
     Raises:
         ValueError: before any decoding, for a judge that doesn't fit, a threshold outside [0, 1], no examples.
     """
+    options = {"thresholds": thresholds, "num_assistant_tokens": num_assistant_tokens}
+    options |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    return list(_rows(model, assistant_model, tokenizer, dataset, task, judge, **options))
+
+
+def _rows(
+    model: PreTrainedModel,
+    assistant_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Iterable[Mapping[str, Any]],
+    task: Task,
+    judge: Judge,
+    *,
+    thresholds: Sequence[float],
+    num_assistant_tokens: int | str | None,
+    **options: Any,
+) -> Iterator[dict[str, Any]]:
+    """The rows of `evaluate_judge`, one after the other."""
     examples = list(dataset)
     settings = dict(judge.config.decoding_settings)
     if not settings["do_sample"]:
         settings["top_k"] = 50  # `generate`'s default: it warns of any other without sampling
     for threshold in thresholds:
         checked_judge(judge, threshold, model, assistant_model, GenerationConfig(**settings))
-    measure = functools.partial(
-        measure_decoding, model, tokenizer, examples, task, max_new_tokens=max_new_tokens, batch_size=batch_size
-    )
+    measure = functools.partial(measure_decoding, model, tokenizer, examples, task, **options)
     shared = {"assistant_model": assistant_model, **settings, "return_dict_in_generate": True}
     lossless = functools.partial(
         judge_decoding, assistant_model=assistant_model, num_assistant_tokens=num_assistant_tokens
     )
-    rows = [{"threshold": None, **measure("lossless", custom_generate=lossless, **shared)}]
+    yield {"threshold": None, **measure("lossless", custom_generate=lossless, **shared)}
     for threshold in thresholds:
-        options = {"judge": judge, "judge_threshold": threshold, "num_assistant_tokens": num_assistant_tokens}
-        rows.append({"threshold": threshold, **measure(f"threshold {threshold:.3g}", **options, **shared)})
+        judged = {"judge": judge, "judge_threshold": threshold, "num_assistant_tokens": num_assistant_tokens}
+        yield {"threshold": threshold, **measure(f"threshold {threshold:.3g}", **judged, **shared)}
+
+
+def calibrate_threshold(
+    model: PreTrainedModel,
+    assistant_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Iterable[Mapping[str, Any]],
+    task: Task,
+    judge: Judge,
+    *,
+    thresholds: Sequence[float],
+    max_drops: Mapping[str, float] = MappingProxyType({"1 point": 0.01, "5 points": 0.05}),
+    confidence: float = 0.9,
+    dataset_name: str,
+    split: str = "validation",
+    num_assistant_tokens: int | None = None,
+    max_new_tokens: int,
+    batch_size: int = 1,
+) -> list[dict[str, Any]]:
+    """Chooses a judge's thresholds by the accuracy that they cost, measured by decoding.
+
+    From the lowest threshold on, for as long as a budget is kept with the confidence asked for; the last that keeps it
+    is the budget's. Since the first that doesn't ends the walk, trying many thresholds makes none of them pass by luck
+    (fixed-sequence testing): in a share `confidence` of all samples of problems the true drop is within the budget.
+
+    Sets `judge.config.threshold` (the first budget's) and `judge.config.thresholds` (all of them, by name, for
+    `generate(judge_threshold="5 points")`), and puts the curve into `judge.config.evaluation`.
+
+    Args:
+        model, assistant_model, tokenizer, dataset, task, judge: as in `evaluate_judge`. Neither the judge's training
+            examples nor those that its results will be reported on.
+        thresholds (`Sequence[float]`): values to try.
+        max_drops (`Mapping[str, float]`, *optional*): names and budgets, shares of all examples that may be lost.
+            Defaults to `"1 point"` and `"5 points"`.
+        confidence (`float`, *optional*, defaults to 0.9): of the drop's one-sided bound (paired bootstrap).
+        dataset_name, split (`str`): for `evaluation_summary`.
+        num_assistant_tokens, max_new_tokens, batch_size: as in `evaluate_judge`.
+
+    Returns:
+        `list[dict]`: the rows of `evaluate_judge` up to the threshold at which the last budget was missed.
+
+    Raises:
+        ValueError: before any decoding, as `evaluate_judge`.
+    """
+    if not max_drops or not 0.5 <= confidence < 1.0:
+        raise ValueError(f"Expected budgets and a confidence from 0.5 to 1, got {dict(max_drops)} and {confidence}.")
+    options = {"thresholds": sorted(thresholds), "num_assistant_tokens": num_assistant_tokens}
+    options |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    rows, kept, open_budgets = [], dict.fromkeys(max_drops, 0.0), set(max_drops)
+    for row in _rows(model, assistant_model, tokenizer, dataset, task, judge, **options):
+        rows.append(row)
+        if row["threshold"] is None:
+            continue
+        # The upper end of a two-sided interval that leaves as much out on either side.
+        _, drop = paired_interval(rows[0]["correct"], row["correct"], confidence=2 * confidence - 1)
+        open_budgets = {name for name in open_budgets if drop <= max_drops[name]}
+        kept |= dict.fromkeys(open_budgets, row["threshold"])
+        if not open_budgets:
+            break
+    if unkept := [name for name, threshold in kept.items() if threshold == 0.0]:
+        logger.warning(
+            f"The lowest threshold tried, {min(thresholds)}, isn't sure to keep to {unkept}: there the judge accepts "
+            "nothing. Try lower ones, or more examples."
+        )
+    summary = evaluation_summary(rows, dataset=dataset_name, split=split, num_assistant_tokens=num_assistant_tokens)
+    others = [row for row in judge.config.evaluation if (row["dataset"], row["split"]) != (dataset_name, split)]
+    judge.config = replace(
+        judge.config, threshold=next(iter(kept.values())), thresholds=kept, evaluation=[*others, *summary]
+    )
     return rows
 
 
@@ -93,44 +183,59 @@ def measure_decoding(
     model's calls.
 
     Returns:
-        `dict`: `accuracy`, `tokens_per_cycle`, `tokens_per_second`, `mean_response_length`, `correct`, `texts`.
+        `dict`: `accuracy`, `tokens_per_cycle`, `tokens_per_second`, `mean_response_length` (tokens),
+        `mismatches_accepted` (share of the mismatches that the judge kept; `None` without counts), and for paired
+        comparisons one value per example: `correct`, `texts`, `num_tokens` and `num_target_forwards`, whose sums are
+        the two that tokens per cycle divides.
 
     Raises:
         ValueError: for no examples.
     """
     if not examples:
         raise ValueError("Expected at least one example to decode, got none.")
-    texts, num_tokens, num_forwards, seconds = [], 0, 0, 0.0
+    prompts = [task.prompt(example, tokenizer) for example in examples]
+    texts, num_tokens, num_forwards = ([None] * len(examples) for _ in range(3))
+    judged, seconds = [0, 0], 0.0
     eos = eos_token_ids(model)
-    batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+    # Rows of a batch wait for its longest.
+    order = sorted(range(len(examples)), key=lambda i: len(prompts[i])) if batch_size > 1 else range(len(examples))
+    batches = [order[i : i + batch_size] for i in range(0, len(examples), batch_size)]
     decode = functools.partial(_decode, model, max_new_tokens=max_new_tokens, **generate_kwargs)
     for number, batch in enumerate(tqdm(batches, desc=description, unit="batch")):
-        prompts = [task.prompt(example, tokenizer) for example in batch]
         inputs = tokenizer(
-            prompts, return_tensors="pt", padding=batch_size > 1, padding_side="left", add_special_tokens=False
+            [prompts[i] for i in batch],
+            return_tensors="pt",
+            padding=batch_size > 1,
+            padding_side="left",
+            add_special_tokens=False,
         ).to(model.device)
         if number == 0:
             decode(inputs)
         _synchronize(model)
         started = time.perf_counter()
-        sequences, forwards, free_tokens = decode(inputs)
+        sequences, forwards, decisions = decode(inputs)
         _synchronize(model)
         seconds += time.perf_counter() - started
-        for sequence in sequences:
+        # Where cycles are counted, the prefill isn't one, and its token is free.
+        free_tokens = 0 if decisions is None else 1
+        for i, sequence, num_cycles in zip(batch, sequences, forwards):
             response = _trimmed(sequence[inputs["input_ids"].shape[1] :], eos)
-            num_tokens += len(response) - free_tokens
-            texts.append(tokenizer.decode(response, skip_special_tokens=True))
-        num_forwards += forwards
+            num_tokens[i], num_forwards[i] = len(response) - free_tokens, num_cycles
+            texts[i] = tokenizer.decode(response, skip_special_tokens=True)
+        judged = [total + n for total, n in zip(judged, decisions or (0, 0))]
     answers = task.extract_answers(examples, texts)
     correct = [task.is_correct(example, answer) for example, answer in zip(examples, answers)]
-    all_tokens = num_tokens + (len(examples) if free_tokens else 0)
+    all_tokens = sum(num_tokens) + free_tokens * len(examples)
     return {
         "accuracy": float(np.mean(correct)),
-        "tokens_per_cycle": num_tokens / max(1, num_forwards),
+        "tokens_per_cycle": sum(num_tokens) / max(1, sum(num_forwards)),
         "tokens_per_second": all_tokens / seconds,
         "mean_response_length": all_tokens / len(examples),
+        "mismatches_accepted": judged[0] / max(1, sum(judged)) if free_tokens else None,
         "correct": correct,
         "texts": texts,
+        "num_tokens": num_tokens,
+        "num_target_forwards": num_forwards,
     }
 
 
@@ -179,15 +284,20 @@ def evaluation_summary(
 
 
 def paired_interval(
-    first: Sequence[bool], second: Sequence[bool], *, num_samples: int = 10_000, seed: int = 0
+    first: Sequence[bool],
+    second: Sequence[bool],
+    *,
+    confidence: float = 0.95,
+    num_samples: int = 10_000,
+    seed: int = 0,
 ) -> tuple[float, float]:
-    """95 % bootstrap interval of `mean(first) - mean(second)` over the same examples."""
+    """Bootstrap interval of `mean(first) - mean(second)` over the same examples, 95 % by default."""
     difference = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
     rng = np.random.default_rng(seed)
     # The mean of a bootstrap sample only depends on how often each value is drawn.
     values, counts = np.unique(difference, return_counts=True)
     draws = rng.multinomial(len(difference), counts / len(difference), size=num_samples)
-    low, high = np.quantile(draws @ values / len(difference), [0.025, 0.975])
+    low, high = np.quantile(draws @ values / len(difference), [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
@@ -212,8 +322,10 @@ def highlight_accepted(
     return "".join(parts)
 
 
-def _decode(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], **kwargs: Any) -> tuple[Any, int, int]:
-    """Sequences, target forwards, and how many tokens of each row no counted forward committed."""
+def _decode(
+    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], **kwargs: Any
+) -> tuple[list[list[int]], list[int], tuple[int, int] | None]:
+    """Sequences, target forwards of each row, and how many mismatches were accepted and rejected, if counted."""
     calls = 0
 
     def count(*_: Any) -> None:
@@ -226,10 +338,10 @@ def _decode(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], **kwargs
     finally:
         hook.remove()
     sequences = output if isinstance(output, torch.Tensor) else output.sequences
-    counted = getattr(output, "num_target_forwards", None)
-    if counted is None:
-        return sequences.tolist(), calls * len(sequences), 0
-    return sequences.tolist(), int(counted.sum()), 1
+    if not isinstance(output, JudgeDecoderOnlyOutput):
+        return sequences.tolist(), [calls] * len(sequences), None
+    decisions = int(output.num_judge_accepted.sum()), int(output.num_judge_rejected.sum())
+    return sequences.tolist(), output.num_target_forwards.tolist(), decisions
 
 
 def _trimmed(response: list[int], eos: set[int]) -> list[int]:

@@ -16,7 +16,8 @@ class JudgeInputs(NamedTuple):
         target_logits (`torch.FloatTensor` of shape `(b, k, v)`): the target's processed logits for each candidate's
             position.
         features (`torch.FloatTensor` of shape `(b, k, f)`): hidden states in fp32, the assistant's first, then the
-            target's, then the logit features; `f` is `JudgeConfig.num_features`, and 0 for a judge that reads none.
+            target's, then the logit features, then those of both models' logits; `f` is `JudgeConfig.num_features`,
+            and 0 for a judge that reads none.
         assistant_logits (`torch.FloatTensor` of shape `(b, k, v)`, *optional*): the processed logits that the
             candidates were drafted from, for a judge that reads them.
     """
@@ -35,6 +36,7 @@ def judge_inputs(
     state_position: str,
     with_logit_features: bool = False,
     assistant_logits: torch.Tensor | None = None,
+    with_assistant_logit_features: bool = False,
 ) -> JudgeInputs:
     """Selects and joins what belongs to each candidate.
 
@@ -49,6 +51,8 @@ def judge_inputs(
             `"previous"` those that predicted them (the first k), `"both"` joins these two, the previous one first.
         with_logit_features (`bool`, *optional*, defaults to `False`): whether `logit_features` follow the states.
         assistant_logits (`torch.FloatTensor` of shape `(b, k, v)`, *optional*): what the draft was made from.
+        with_assistant_logit_features (`bool`, *optional*, defaults to `False`): whether `assistant_logit_features`
+            come last.
     """
     k = candidate_ids.shape[1]
     previous, candidate = slice(0, k), slice(1, k + 1)
@@ -58,6 +62,8 @@ def judge_inputs(
     states = [states[:, at].to(device, torch.float32) for states in given for at in positions]
     if with_logit_features:
         states.append(logit_features(candidate_ids, target_logits[:, :k]))
+    if with_assistant_logit_features:
+        states.append(assistant_logit_features(candidate_ids, target_logits[:, :k], assistant_logits))
     empty = torch.empty(*candidate_ids.shape, 0, device=device)
     return JudgeInputs(candidate_ids, target_logits[:, :k], torch.cat([empty, *states], dim=-1), assistant_logits)
 
@@ -78,3 +84,26 @@ def logit_features(candidate_ids: torch.LongTensor, target_logits: torch.Tensor)
     rank = 1 + (log_p > candidate[..., None]).sum(dim=-1)
     entropy = torch.special.entr(log_p.exp()).sum(dim=-1)
     return torch.stack([candidate, log_p.amax(dim=-1) - candidate, rank.log(), entropy], dim=-1)
+
+
+def assistant_logit_features(
+    candidate_ids: torch.LongTensor, target_logits: torch.Tensor, assistant_logits: torch.Tensor
+) -> torch.Tensor:
+    """What the assistant's distribution adds, shape `(b, k, 2)`.
+
+    In the order of `ASSISTANT_LOGIT_FEATURES`: the assistant's log-probability of the candidate (nats), and
+    `kl_divergence`.
+
+    Args:
+        candidate_ids (`torch.LongTensor` of shape `(b, k)`).
+        target_logits, assistant_logits (`torch.FloatTensor` of shape `(b, k, v)`).
+    """
+    candidate = assistant_logits.log_softmax(dim=-1).gather(2, candidate_ids[..., None]).squeeze(2)
+    return torch.stack([candidate, kl_divergence(target_logits, assistant_logits)], dim=-1)
+
+
+def kl_divergence(target_logits: torch.Tensor, assistant_logits: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) in nats over the tokens that both could write, p the target's distribution: `(..., v)` to `(...)`."""
+    log_p, log_q = target_logits.log_softmax(dim=-1), assistant_logits.log_softmax(dim=-1)
+    both = log_p.isfinite() & log_q.isfinite()
+    return torch.where(both, log_p.exp() * (log_p - log_q), 0.0).sum(dim=-1)

@@ -198,6 +198,12 @@ def vocab_size(model: PreTrainedModel) -> int:
     return model.config.get_text_config(decoder=True).vocab_size
 
 
+def of_vocabulary(logits: torch.Tensor, size: int) -> torch.Tensor:
+    """Logits for `size` tokens. Pairs may pad one vocabulary to different sizes; a token that lacks has no chance."""
+    missing = size - logits.shape[-1]
+    return torch.nn.functional.pad(logits, (0, missing), value=float("-inf")) if missing > 0 else logits[..., :size]
+
+
 def hidden_size(model: PreTrainedModel) -> int:
     """Width of the last hidden state: what the output embeddings read."""
     return model.config.get_text_config(decoder=True).hidden_size

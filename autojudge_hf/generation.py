@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from .modeling import Judge
 
 
-COUNTS = ("num_target_forwards", "num_candidates", "num_matches", "num_judge_accepted")
+COUNTS = ("num_target_forwards", "num_candidates", "num_matches", "num_judge_accepted", "num_judge_rejected")
 
 
 @dataclass
 class JudgeDecoderOnlyOutput(GenerateDecoderOnlyOutput):
-    """What `generate(..., judge=, return_dict_in_generate=True)` returns: stock fields, and four counts per row.
+    """What `generate(..., judge=, return_dict_in_generate=True)` returns: stock fields, and five counts per row.
 
     A response's first token comes from the prefill. Every verification cycle then commits its accepted candidates
     and one token of the target's own, unless the response ends within the cycle's candidates.
@@ -44,19 +44,23 @@ class JudgeDecoderOnlyOutput(GenerateDecoderOnlyOutput):
         num_matches (`torch.LongTensor` of shape `(batch_size,)`): committed because the target agreed.
         num_judge_accepted (`torch.LongTensor` of shape `(batch_size,)`): committed because the judge called the
             mismatch harmless.
+        num_judge_rejected (`torch.LongTensor` of shape `(batch_size,)`): mismatches that ended their cycle, where the
+            rest of the candidates was dropped unseen. Without a judge, all of those met.
     """
 
     num_target_forwards: torch.LongTensor | None = None
     num_candidates: torch.LongTensor | None = None
     num_matches: torch.LongTensor | None = None
     num_judge_accepted: torch.LongTensor | None = None
+    num_judge_rejected: torch.LongTensor | None = None
 
     def summary(self) -> str:
         """One line for a reader: what the whole batch's drafts came to."""
-        cycles, candidates, matched, judged = (int(getattr(self, name).sum()) for name in COUNTS)
+        cycles, candidates, matched, judged, rejected = (int(getattr(self, name).sum()) for name in COUNTS)
+        dropped = candidates - matched - judged - rejected
         return (
             f"{(cycles + matched + judged) / max(1, cycles):.1f} tokens per cycle: {cycles} cycles, {candidates} "
-            f"candidates, {matched} matched, {judged} accepted by the judge, {candidates - matched - judged} rejected"
+            f"candidates, {matched} matched, {judged} accepted by the judge, {rejected} rejected and {dropped} behind"
         )
 
 
@@ -69,7 +73,7 @@ def judge_decoding(
     generation_config: GenerationConfig,
     judge: Judge | None = None,
     assistant_model: PreTrainedModel | None = None,
-    judge_threshold: float | None = None,
+    judge_threshold: float | str | None = None,
     num_assistant_tokens: int | str | None = None,
     streamer: BaseStreamer | None = None,
     candidate_generator: CandidateGenerator | None = None,
@@ -89,7 +93,8 @@ def judge_decoding(
         judge (`Judge`, *optional*): `None` accepts no mismatch.
         assistant_model (`PreTrainedModel`, *optional*): the drafter. Without one, `generation_config` says which:
             `prompt_lookup_num_tokens` or `assistant_early_exit`.
-        judge_threshold (`float`, *optional*): accept a mismatch below this score; default `judge.config.threshold`.
+        judge_threshold (`float` or `str`, *optional*): accept a mismatch below this score, or below that of this name
+            in `judge.config.thresholds`; default `judge.config.threshold`.
         num_assistant_tokens (`int` or `"adaptive"`, *optional*): candidates per cycle; default: the assistant's
             generation config, or `prompt_lookup_num_tokens`. [`AdaptiveDraftLength`] says what `"adaptive"` does.
         streamer (`BaseStreamer`, *optional*): gets each cycle's tokens; for a single prompt.
@@ -115,6 +120,7 @@ def judge_decoding(
     judges = judge is not None and threshold > 0.0
     reads_target = judges and judge.reads_states and judge.config.hidden_size is not None
     reads_assistant = judges and judge.reads_states and judge.config.assistant_hidden_size is not None
+    num_state_features = judge.config.num_state_features if judges else 0
     rows = Rows(input_ids, model_kwargs.get("attention_mask"))
     stop = StopRule(stopping_criteria, input_ids)
     processors = RowProcessors(logits_processor, len(input_ids))
@@ -134,7 +140,7 @@ def judge_decoding(
     limits = [max_positions(m) for m in (model, assistant_model) if m is not None]
     max_length = min((limit for limit in limits if limit), default=math.inf)
     kept = _Kept(generation_config, len(input_ids))
-    counts = [[0, 0, 0, 0] for _ in range(len(input_ids))]
+    counts = [[0] * len(COUNTS) for _ in range(len(input_ids))]
 
     prefill = True
     while rows.active:
@@ -177,10 +183,11 @@ def judge_decoding(
                 judge.config.state_position,
                 judge.config.logit_features,
                 assistant_logits,
+                judge.config.assistant_logit_features,
             )
             is_harmless = harmless(judge(inputs), threshold)
             # Logit features of a candidate that processors forbid are infinite, and no cause for alarm.
-            if not torch.isfinite(inputs.features[..., : judge.config.num_state_features]).all():
+            if not torch.isfinite(inputs.features[..., :num_state_features]).all():
                 warn_once("Hidden states with NaN or infinity: the judge rejects the candidates they belong to.")
         num_candidates = torch.tensor(lengths, device=candidate_ids.device)
         if generation_config.do_sample:
@@ -197,7 +204,8 @@ def judge_decoding(
             row = rows.active[j]
             kept.add(row, num_kept, processed[j], logits[j], outputs.hidden_states, j)
             if not prefill:
-                cycle = (1, lengths[j], sum(matched[j][:num_kept]), sum(judged[j][:num_kept]))
+                rejected = int(len(block) <= lengths[j] and num_kept == len(block))
+                cycle = (1, lengths[j], sum(matched[j][:num_kept]), sum(judged[j][:num_kept]), rejected)
                 counts[row] = [total + n for total, n in zip(counts[row], cycle)]
         if streamer is not None:
             streamer.put(torch.tensor(blocks))

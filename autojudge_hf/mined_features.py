@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .configuration import STATE_POSITIONS, public_name
+from .configuration import STATE_POSITIONS, JudgeConfig, public_name
 from .features import judge_inputs
-from .forward import Pass, hidden_size
+from .forward import Pass, hidden_size, of_vocabulary
 from .mined_examples import to_dataset
 from .prefixes import Prefixes
 
@@ -32,7 +34,9 @@ def compute_features(
     assistant_model: PreTrainedModel | None = None,
     *,
     state_position: str = "candidate",
+    assistant_states: bool | None = None,
     logit_features: bool = False,
+    assistant_logit_features: bool = False,
     features_dtype: str = "float32",
 ) -> datasets.Dataset:
     """Finds the features of mined mismatches from their tokens: for rows without any, or to try other ones.
@@ -43,15 +47,20 @@ def compute_features(
     Args:
         dataset (`datasets.Dataset`): what `mine_mismatches` returned, whole examples in their order.
         model (`PreTrainedModel`): the target it was mined with.
-        assistant_model (`PreTrainedModel`, *optional*): the assistant, for its states in front of the target's.
-        state_position, logit_features, features_dtype: as in `mine_mismatches`.
+        assistant_model (`PreTrainedModel`, *optional*): the assistant, for what is read of it.
+        assistant_states (`bool`, *optional*): as in `mine_mismatches`; by default, whenever there is an assistant.
+        state_position, logit_features, assistant_logit_features, features_dtype: as in `mine_mismatches`.
 
     Returns:
         `datasets.Dataset`: the same rows with these `features`, and a `pair` that says so.
 
     Raises:
-        ValueError: for rows of several minings, or of other models.
+        ValueError: for rows of several minings, or of other models; for assistant's features without an assistant.
     """
+    if assistant_states is None:
+        assistant_states = assistant_model is not None
+    if assistant_model is None and (assistant_states or assistant_logit_features):
+        raise ValueError("Features of the assistant need the assistant: pass `assistant_model`, got None.")
     if state_position not in STATE_POSITIONS:
         raise ValueError(f"`state_position` must be one of {list(STATE_POSITIONS)}, got {state_position!r}.")
     if features_dtype not in FEATURES_DTYPES:
@@ -69,7 +78,8 @@ def compute_features(
                 f"{now['name']} of width {now['hidden_size']}. Pass the pair that was mined."
             )
         pair[role] = now
-    pair["features"] = feature_layout(state_position, model, assistant_model, logit_features)
+    assistant = assistant_model if assistant_states else None
+    pair["features"] = feature_layout(state_position, model, assistant, logit_features, assistant_logit_features)
     pair["features_dtype"] = features_dtype
     temperature = pair["decoding_settings"]["temperature"]
     tokens = dataset.remove_columns(["features", "pair"]).to_list()
@@ -79,13 +89,16 @@ def compute_features(
         # Each row's last two positions: the token before the candidate, and the candidate.
         seen = [_last_two_positions(its_model, example) for its_model in given.values()]
         states = [torch.stack([row.states for row in passes]) for passes in seen]
+        logits = [torch.stack([row.logits for row in passes]).float() / temperature for passes in seen]
         inputs = judge_inputs(
             torch.tensor([[row["candidate_token_id"]] for row in example], device=model.device),
-            torch.stack([row.logits for row in seen[0]]).float() / temperature,
+            logits[0],
             states[0],
-            states[1] if len(states) > 1 else None,
+            states[1] if assistant_states else None,
             state_position,
             logit_features,
+            of_vocabulary(logits[1][:, :1], logits[0].shape[-1]) if assistant_logit_features else None,
+            assistant_logit_features,
         )
         features = inputs.features[:, 0].cpu().numpy()
         rows += [{**row, "features": values} for row, values in zip(example, features)]
@@ -112,8 +125,46 @@ def _last_two_positions(model: PreTrainedModel, rows: list[dict[str, Any]]) -> l
     return [found[n] for n in range(len(texts))]
 
 
+def select_features(dataset: datasets.Dataset, **layout: Any) -> datasets.Dataset:
+    """Keeps some of the features that were mined, for a judge that reads less; no model runs.
+
+    Args:
+        dataset (`datasets.Dataset`): mined mismatches.
+        layout: what to change in the layout of their features, in the words of [`JudgeConfig`]: `state_position`,
+            `hidden_size=None` (no states of the target), `assistant_hidden_size=None`, `logit_features=False`,
+            `assistant_logit_features=False`.
+
+    Raises:
+        ValueError: for features that the rows don't have, and for rows of several minings.
+
+    Example:
+        >>> papers = select_features(mined, state_position="candidate", logit_features=False)
+    """
+    pairs = dataset.unique("pair")
+    if len(pairs) != 1:
+        raise ValueError(f"The rows come from {len(pairs)} different minings, expected one.")
+    pair = json.loads(pairs[0])
+    mined = JudgeConfig(**pair["features"] or {})
+    wanted = replace(mined, **layout)
+    if missing := [name for name in wanted.feature_columns if name not in mined.feature_columns]:
+        raise ValueError(
+            f"The rows don't have the features {missing}, only {list(mined.feature_columns)}. Mine with them, or find "
+            "them with `compute_features`."
+        )
+    pair["features"] = {name: getattr(wanted, name) for name in pair["features"]}
+    kept = [mined.feature_columns[name] for name in wanted.feature_columns]
+    features = dataset.with_format("numpy")["features"][:]
+    features = np.concatenate([features[:, at] for at in kept], axis=1)
+    rows = dataset.remove_columns(["features", "pair"]).to_list()
+    return to_dataset([{**row, "features": values} for row, values in zip(rows, features)], pair)
+
+
 def feature_layout(
-    state_position: str, model: PreTrainedModel, assistant_model: PreTrainedModel | None, logit_features: bool
+    state_position: str,
+    model: PreTrainedModel,
+    assistant_model: PreTrainedModel | None,
+    logit_features: bool,
+    assistant_logit_features: bool,
 ) -> dict[str, Any]:
     """What the features are, in the words of `JudgeConfig`."""
     return {
@@ -121,6 +172,7 @@ def feature_layout(
         "hidden_size": hidden_size(model),
         "assistant_hidden_size": None if assistant_model is None else hidden_size(assistant_model),
         "logit_features": logit_features,
+        "assistant_logit_features": assistant_logit_features,
     }
 
 

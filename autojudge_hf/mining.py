@@ -50,6 +50,7 @@ def mine_mismatches(
     state_position: str = "candidate",
     assistant_states: bool = False,
     logit_features: bool = False,
+    assistant_logit_features: bool = False,
     features_dtype: str | None = "float32",
 ) -> datasets.Dataset:
     """Runs the semi-greedy search (AutoJudge, arXiv 2504.20039, algorithm 1) on every example.
@@ -86,6 +87,7 @@ def mine_mismatches(
             target's.
         logit_features (`bool`, *optional*, defaults to `False`): put what the target's logits say behind the
             states; see `JudgeConfig`.
+        assistant_logit_features (`bool`, *optional*, defaults to `False`): and what the assistant's logits add.
         features_dtype (`str`, *optional*, defaults to `"float32"`): `"float16"` halves the disk space. `None` keeps
             tokens only, a few hundred bytes a mismatch, and [`compute_features`] finds the features from them.
 
@@ -114,7 +116,8 @@ def mine_mismatches(
         _prompt_ids(i, example, task, tokenizer, (model, assistant_model), max_new_tokens)
         for i, example in enumerate(examples)
     ]
-    layout = feature_layout(state_position, model, assistant_model if assistant_states else None, logit_features)
+    assistant = assistant_model if assistant_states else None
+    layout = feature_layout(state_position, model, assistant, logit_features, assistant_logit_features)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
     pair = {
         "target": described(model),
@@ -144,6 +147,7 @@ def mine_mismatches(
         state_position=state_position,
         assistant_states=assistant_states,
         logit_features=logit_features,
+        assistant_logit_features=assistant_logit_features,
     )
     from accelerate import PartialState  # half a second that nobody else should wait for
 

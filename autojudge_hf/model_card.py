@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .configuration import GREEDY_SETTINGS, JudgeConfig
+from .configuration import GREEDY_SETTINGS, LEARNED, JudgeConfig
 from .version import __version__
 
 
@@ -86,8 +86,12 @@ class JudgeCard:
             **{label: str(value) for label, value in config.training.items()},
         }
 
+    @property
+    def is_learned(self) -> bool:
+        return self.config.judge_type in LEARNED
+
     def _mined_on(self) -> str:
-        if self.config.judge_type != "linear":
+        if not self.is_learned:
             return "nothing: it needs no training"
         return (self.config.task or "an unnamed task") + (
             f", problems of {self.config.dataset}" if self.config.dataset else ""
@@ -110,6 +114,7 @@ class JudgeCard:
                 facts={plain(label): plain(value) for label, value in self.facts().items()},
                 curves=self.curves(),
                 config=self.config,
+                is_learned=self.is_learned,
                 judge_id=plain(self.judge_id),
                 subfolder=plain(self.subfolder),
                 plot_name=self.plot_name,
@@ -168,6 +173,7 @@ def _reads(config: JudgeConfig) -> str:
         "both": "of the candidate and before",
     }
     parts = [f"{states} states {position[config.state_position]}"] if states else []
-    if config.logit_features or not states:
-        parts.append("the target's logits" if config.judge_type != "kl" else "both models' logits")
+    if config.logit_features or config.assistant_logit_features or not states:
+        reads_both = config.assistant_logit_features or config.judge_type == "kl"
+        parts.append("both models' logits" if reads_both else "the target's logits")
     return ", and ".join(parts)

@@ -6,10 +6,11 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,11 +18,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .configuration import JudgeConfig
-from .features import JudgeInputs
+from .features import JudgeInputs, kl_divergence
 from .hub import commit_of, create_repo, find_file, push_folder
 from .model_card import JudgeCard, render_custom_generate
 from .plots import can_plot, plot_trade_off
 from .version import __version__
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, PLOT_NAME = "config.json", "model.safetensors", "README.md", "trade_off.png"
@@ -124,8 +129,8 @@ class Judge(nn.Module):
 class LinearJudge(Judge):
     """Logistic regression on hidden states, scaler folded in: score = features @ weight + bias.
 
-    The two tensors are NaN until they are loaded or set, and a score that isn't finite accepts nothing: a judge
-    that was never trained can't judge.
+    The tensors of a learned judge are NaN until they are loaded or set, and a score that isn't finite accepts nothing:
+    a judge that was never trained can't judge.
     """
 
     judge_type = "linear"
@@ -135,14 +140,17 @@ class LinearJudge(Judge):
         super().__init__(config)
         if config.num_features == 0:
             raise ValueError(
-                "A linear judge needs features: set `hidden_size` (the target's), `assistant_hidden_size`, or "
-                "`logit_features`."
+                f"A {self.judge_type} judge needs features: set `hidden_size` (the target's), "
+                "`assistant_hidden_size`, or `logit_features`."
             )
-        weight = torch.full((config.num_features,), float("nan"))
-        # What the scaler subtracts is in the bias, which can be thousands of times a score: it needs the digits.
-        bias = torch.full((1,), float("nan"), dtype=torch.float64)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = nn.Parameter(bias, requires_grad=False)
+        self.reads_assistant_logits = config.assistant_logit_features
+        self._add("weight", config.num_features)
+        self._add("bias", 1, dtype=torch.float64)
+
+    def _add(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> None:
+        """A tensor to load. A bias needs digits: it holds what the scaler subtracts, thousands of times a score."""
+        empty = torch.full(shape, float("nan"), dtype=dtype)
+        setattr(self, name, nn.Parameter(empty, requires_grad=False))
 
     def forward(self, inputs: JudgeInputs) -> torch.Tensor:
         return self.decision_function(inputs.features)
@@ -151,12 +159,43 @@ class LinearJudge(Judge):
         """Scores as fp32 logits, shape `(..., f)` to `(...)`; summed in double precision."""
         # Apple's GPUs have no double precision.
         device = torch.device("cpu") if features.device.type == "mps" else features.device
-        weight, bias = self.weight.to(device, torch.float64), self.bias.to(device)
-        return (features.to(device, torch.float64) @ weight + bias).to(features.device, torch.float32)
+        tensors = {name: tensor.to(device, torch.float64) for name, tensor in self.named_parameters()}
+        return self._scores(features.to(device, torch.float64), **tensors).to(features.device, torch.float32)
+
+    @staticmethod
+    def _scores(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return features @ weight + bias
 
     def predict_proba(self, features: torch.Tensor) -> torch.Tensor:
         """Importance in [0, 1], shape `(..., f)` to `(...)`."""
         return torch.sigmoid(self.decision_function(features))
+
+
+class MLPJudge(LinearJudge):
+    """One hidden layer on the same features: score = relu(features @ hidden_weight + hidden_bias) @ weight + bias.
+
+    It tells more than a linear judge where there are examples enough, and costs `intermediate_size` times as much,
+    which is still nothing beside a model's layer.
+    """
+
+    judge_type = "mlp"
+
+    def __init__(self, config: JudgeConfig):
+        super().__init__(config)
+        size = config.intermediate_size
+        self._add("hidden_weight", config.num_features, size)
+        self._add("hidden_bias", size, dtype=torch.float64)
+        self._add("weight", size)
+
+    @staticmethod
+    def _scores(
+        features: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        hidden_weight: torch.Tensor,
+        hidden_bias: torch.Tensor,
+    ) -> torch.Tensor:
+        return torch.relu(features @ hidden_weight + hidden_bias) @ weight + bias
 
 
 class TopKJudge(Judge):
@@ -174,6 +213,28 @@ class TopKJudge(Judge):
         rank_below_best = (inputs.target_logits > logit).sum(dim=-1)
         score = rank_below_best.float().clamp(min=0.5).log()
         return torch.where(logit.squeeze(2).isfinite(), score, torch.nan)
+
+
+class RuleJudge(TopKJudge):
+    """The rule for mathematics (AutoJudge, arXiv 2504.20039): symbols are important, else the rank decides.
+
+    A mismatch is rejected where the candidate or the target's best token is one of `config.important_token_ids`
+    (without any it is `top_k`); [`symbol_token_ids`] finds a tokenizer's numbers and operators.
+    """
+
+    judge_type = "rule"
+
+    def forward(self, inputs: JudgeInputs) -> torch.Tensor:
+        own = inputs.target_logits.argmax(dim=-1)
+        token_ids = torch.tensor(self.config.important_token_ids, dtype=torch.long, device=own.device)
+        is_symbol = torch.isin(inputs.candidate_ids, token_ids) | torch.isin(own, token_ids)
+        return torch.where(is_symbol, torch.inf, super().forward(inputs))
+
+
+def symbol_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens whose text has a digit or a sign of arithmetic in it, for `JudgeConfig.important_token_ids`."""
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    return [token for token, text in enumerate(texts) if re.search(r"[\d+\-*/=<>%^]", text)]
 
 
 class MarginJudge(Judge):
@@ -218,10 +279,8 @@ class KLJudge(Judge):
     reads_assistant_logits = True
 
     def forward(self, inputs: JudgeInputs) -> torch.Tensor:
-        log_p, log_q = inputs.target_logits.log_softmax(dim=-1), inputs.assistant_logits.log_softmax(dim=-1)
-        both = log_p.isfinite() & log_q.isfinite()
-        kl = torch.where(both, log_p.exp() * (log_p - log_q), 0.0).sum(dim=-1)
-        candidate = log_p.gather(2, inputs.candidate_ids[..., None]).squeeze(2)
+        kl = kl_divergence(inputs.target_logits, inputs.assistant_logits)
+        candidate = inputs.target_logits.gather(2, inputs.candidate_ids[..., None]).squeeze(2)
         return torch.where(candidate.isfinite(), _one_minus_exp(-kl), torch.nan)
 
 
@@ -232,7 +291,8 @@ def _one_minus_exp(x: torch.Tensor) -> torch.Tensor:
 
 
 JUDGES: dict[str, type[Judge]] = {
-    judge.judge_type: judge for judge in (LinearJudge, TopKJudge, MarginJudge, EntropyJudge, KLJudge)
+    judge.judge_type: judge
+    for judge in (LinearJudge, MLPJudge, TopKJudge, RuleJudge, MarginJudge, EntropyJudge, KLJudge)
 }
 
 

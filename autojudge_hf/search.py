@@ -23,7 +23,7 @@ from transformers import (
 
 from .candidate_generator import FormerResponses
 from .features import judge_inputs
-from .forward import CACHE_NAME, eos_token_ids, vocab_size
+from .forward import CACHE_NAME, eos_token_ids, of_vocabulary, vocab_size
 from .generation import judge_decoding
 from .mined_examples import MinedExample
 from .prefixes import Prefixes
@@ -76,7 +76,8 @@ class SemiGreedySearch:
         task (`Task`): answers and equivalence.
         max_new_tokens (`int`): limit of a whole response, in tokens.
         num_assistant_tokens (`int`): draft length.
-        temperature, seed, state_position, assistant_states, logit_features: see `mine_mismatches`.
+        temperature, seed, state_position, assistant_states, logit_features, assistant_logit_features: see
+            `mine_mismatches`.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class SemiGreedySearch:
         state_position: str,
         assistant_states: bool,
         logit_features: bool,
+        assistant_logit_features: bool,
     ):
         self.model, self.assistant_model = model, assistant_model
         self.tokenizer, self.task = tokenizer, task
@@ -101,7 +103,7 @@ class SemiGreedySearch:
         self.temperature = temperature
         self.processors = LogitsProcessorList([GumbelNoise(temperature, seed)] if temperature > 0 else [])
         self.state_position, self.assistant_states = state_position, assistant_states
-        self.logit_features = logit_features
+        self.logit_features, self.assistant_logit_features = logit_features, assistant_logit_features
         self.eos_token_ids = eos_token_ids(model)
         self._target, self._assistant = Prefixes(model), Prefixes(assistant_model)
 
@@ -152,16 +154,21 @@ class SemiGreedySearch:
         if not trials:
             return
         outputs = self._target.run(trials, num_last=2, output_states=True)
-        states = None
-        if self.assistant_states:
-            states = self._assistant.run(trials, num_last=2, output_states=True).states[:, -2:]
+        states = assistant_logits = None
+        temperature = self.temperature or 1.0
+        if self.assistant_states or self.assistant_logit_features:
+            seen = self._assistant.run(trials, num_last=2, output_states=True)
+            states = seen.states[:, -2:] if self.assistant_states else None
+            assistant_logits = of_vocabulary(seen.logits[:, -2:-1].float(), vocab_size(self.model)) / temperature
         inputs = judge_inputs(
             torch.tensor([trial[-1:] for trial in trials.values()], device=self.model.device),
-            outputs.logits[:, -2:].float() / (self.temperature or 1.0),
+            outputs.logits[:, -2:].float() / temperature,
             outputs.states[:, -2:],
             states,
             self.state_position,
             self.logit_features,
+            assistant_logits,
+            self.assistant_logit_features,
         )
         features = dict(zip(trials, inputs.features[:, 0].cpu().numpy()))
         for s in searches:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`JudgeTrainer`: from mined mismatches to a linear judge."""
+"""`JudgeTrainer`: from mined mismatches to a learned judge."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from transformers import EvalPrediction
 from transformers.trainer_utils import PredictionOutput
 
 from .configuration import JudgeConfig
+from .fitting import fit_judges, folds, roc_auc
 from .hub import create_repo
-from .modeling import LinearJudge
+from .modeling import AutoJudge
 from .training_args import JudgeTrainingArguments
 from .verification import harmless
 
@@ -40,15 +41,12 @@ class JudgeTrainerState:
     best_metric: float | None = None
 
 
-class _Fit(NamedTuple):
-    C: float
-    auc: float
-    scaler: Any
-    classifier: Any
+# With fewer important mismatches than this, a judge is hardly more than these.
+FEW_IMPORTANT = 10
 
 
 class JudgeTrainer:
-    """Fits a linear judge: standard scaler and L2 logistic regression (scikit-learn), folded into one vector.
+    """Fits a judge: standard scaler and L2 logistic regression (scikit-learn), folded into one vector, or an MLP.
 
     Args:
         args (`JudgeTrainingArguments`): how to fit.
@@ -81,23 +79,43 @@ class JudgeTrainer:
         elif shared := set(train_dataset["example_id"]) & set(eval_dataset["example_id"]):
             logger.warning(f"{len(shared)} example ids are in both datasets. If they are the same problems, AUC lies.")
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
-        self.judge = LinearJudge(self._config())
+        self.judge = AutoJudge.from_config(self._config())
         self._train, self._eval = self._arrays(train_dataset, "training"), self._arrays(eval_dataset, "validation")
         if args.push_to_hub:
             # Now, so that a bad name or token is told before the fit.
             create_repo(self._hub_model_id(), private=args.hub_private_repo, token=args.hub_token)
 
     def train(self) -> JudgeTrainerState:
-        """Fits every C of the grid, keeps the best by validation ROC-AUC, sets the threshold by recall."""
-        fits = self._fits(*self._train, progress="fitting C")
-        self.state.log_history += [{"C": fit.C, "eval_auc": fit.auc} for fit in fits]
-        best = max(fits, key=lambda fit: fit.auc)
-        self.state.best_metric = best.auc
-        self._fold(best)
+        """Fits every C of the grid, keeps the best by ROC-AUC, sets the threshold by recall."""
+        grid, fits = self.args.C_grid, []
+        if self.args.num_folds is None:
+            metric = "eval_auc"
+            fits = fit_judges(self.args, *self._train, grid, progress="fitting C")
+            aucs = [self._eval_auc(fit) for fit in fits]
+        else:
+            metric = "cross_validated_auc"
+            aucs = [roc_auc(self._train[1], scores) for scores in self.cross_validate(self.args.num_folds)]
+        self.state.log_history += [{"C": c, metric: auc} for c, auc in zip(grid, aucs)]
+        best = int(np.argmax(aucs))
+        self.state.best_metric = aucs[best]
+        self._warn_of_weak_data(aucs[best])
+        self.judge.load_state_dict(fits[best] if fits else fit_judges(self.args, *self._train, [grid[best]])[0])
         self.judge.config.threshold = self._threshold_by_recall()
-        self.judge.config.training = self._figures(best)
-        self.state.log_history.append({"best_C": best.C, **self.evaluate()})
+        metrics = self.evaluate()
+        self.judge.config.training = self._figures(grid[best], metrics["eval_auc"])
+        self.state.log_history.append({"best_C": grid[best], **metrics})
         return self.state
+
+    def cross_validate(self, num_folds: int = 5) -> list[np.ndarray]:
+        """For each C, logits of all training rows, each by a judge that was fitted without the row's example."""
+        features, labels = self._train
+        scores = [np.empty(len(labels), np.float32) for _ in self.args.C_grid]
+        parts = folds(labels, np.asarray(self.train_dataset["example_id"]), num_folds)
+        for fitted, held_out in tqdm(parts, total=num_folds, desc="cross-validation", unit="fold"):
+            fits = fit_judges(self.args, features[fitted], labels[fitted], self.args.C_grid)
+            for of_C, fit in zip(scores, fits):
+                of_C[held_out] = self._scores(fit, features[held_out])
+        return scores
 
     def learning_curve(self, shares: Sequence[float] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)) -> list[dict[str, float]]:
         """Validation ROC-AUC of judges fitted on parts of the training examples. Where it flattens, mining may stop.
@@ -116,25 +134,9 @@ class JudgeTrainer:
             part = examples[: max(1, round(share * len(examples)))]
             features, labels = (array[np.isin(ids, part)] for array in self._train)
             if len(np.unique(labels)) == 2:
-                curve.append({"num_examples": len(part), "eval_auc": max(f.auc for f in self._fits(features, labels))})
+                fits = fit_judges(self.args, features, labels, self.args.C_grid)
+                curve.append({"num_examples": len(part), "eval_auc": max(map(self._eval_auc, fits))})
         return curve
-
-    def _fits(self, features: np.ndarray, labels: np.ndarray, progress: str | None = None) -> list[_Fit]:
-        """A fit of each C."""
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.metrics import roc_auc_score
-        from sklearn.preprocessing import StandardScaler
-
-        eval_features, eval_labels = self._eval
-        scaler = StandardScaler().fit(features)
-        scaled, eval_scaled = scaler.transform(features), scaler.transform(eval_features)
-        fits = []
-        for c in tqdm(self.args.C_grid, desc=progress, unit="fit", disable=progress is None):
-            classifier = LogisticRegression(C=c, class_weight=self.args.class_weight, max_iter=self.args.max_iter)
-            classifier.fit(scaled, labels)
-            auc = roc_auc_score(eval_labels, classifier.decision_function(eval_scaled))
-            fits.append(_Fit(c, float(auc), scaler, classifier))
-        return fits
 
     def evaluate(self, eval_dataset: datasets.Dataset | None = None) -> dict[str, float]:
         """ROC-AUC, and at the judge's threshold: recall of important mismatches, share of harmless ones accepted."""
@@ -142,15 +144,13 @@ class JudgeTrainer:
 
     def predict(self, test_dataset: datasets.Dataset, metric_key_prefix: str = "test") -> PredictionOutput:
         """Scores in [0, 1], labels and metrics of a mined dataset."""
-        from sklearn.metrics import roc_auc_score
-
         self._check_pairs(test_dataset=test_dataset)
         features, labels = self._arrays(test_dataset, metric_key_prefix)
         logits = self.judge.decision_function(torch.from_numpy(features))
         scores = torch.sigmoid(logits).numpy()
         accepted = harmless(logits, self.judge.config.threshold).numpy()
         metrics = {
-            "auc": float(roc_auc_score(labels, logits)),
+            "auc": roc_auc(labels, logits.numpy()),
             "recall": float((~accepted[labels == 1]).mean()),
             "harmless_accepted": float(accepted[labels == 0].mean()),
             "threshold": self.judge.config.threshold,
@@ -267,7 +267,8 @@ class JudgeTrainer:
             raise ValueError("The rows hold tokens only. Give them features first, with `compute_features`.")
         target, assistant = pair["target"], pair["assistant"]
         return JudgeConfig(
-            judge_type="linear",
+            judge_type=self.args.judge_type,
+            intermediate_size=self.args.intermediate_size if self.args.judge_type == "mlp" else None,
             **pair["features"],
             base_model_name_or_path=target["name"],
             base_model_revision=target["revision"],
@@ -277,13 +278,15 @@ class JudgeTrainer:
             task=pair["task"],
         )
 
-    def _fold(self, fit: _Fit) -> None:
-        """w' = w / scale and b' = b - w' . mean, so that no scaler is needed when decoding."""
-        scaler, classifier = fit.scaler, fit.classifier
-        weight = (classifier.coef_[0] / scaler.scale_).astype(np.float32)
-        # From the rounded weights, so that their error is multiplied by distances from the mean only.
-        bias = classifier.intercept_[0] - weight.astype(np.float64) @ scaler.mean_
-        self.judge.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.tensor([bias])})
+    def _scores(self, tensors: dict[str, torch.Tensor], features: np.ndarray) -> np.ndarray:
+        """Logits of a judge with these tensors, which the trainer's own needn't have."""
+        judge = AutoJudge.from_config(self.judge.config)
+        judge.load_state_dict(tensors)
+        return judge.decision_function(torch.from_numpy(features)).numpy()
+
+    def _eval_auc(self, tensors: dict[str, torch.Tensor]) -> float:
+        features, labels = self._eval
+        return roc_auc(labels, self._scores(tensors, features))
 
     def _threshold_by_recall(self) -> float:
         """The highest threshold that rejects at least `args.recall` of the important validation mismatches."""
@@ -293,14 +296,27 @@ class JudgeTrainer:
         # A hair below the score itself, which must not be accepted, whichever way the comparison is rounded.
         return float(torch.sigmoid(logits[num_missed]) * (1 - 1e-6))
 
-    def _figures(self, fit: _Fit) -> dict[str, Any]:
+    def _warn_of_weak_data(self, auc: float) -> None:
+        for name, (_, labels) in (("training", self._train), ("validation", self._eval)):
+            if labels.sum() < FEW_IMPORTANT:
+                logger.warning(
+                    f"Only {labels.sum()} of the {len(labels)} {name} mismatches are important, and the judge rests "
+                    "on these. Mine more examples."
+                )
+        if auc <= 0.5:
+            logger.warning(
+                f"The judge is no better than chance (ROC-AUC {auc:.2f}): these features don't tell which mismatches "
+                "are important. Mine more examples, or other features."
+            )
+
+    def _figures(self, C: float, auc: float) -> dict[str, Any]:
         """What the card says of the fit."""
         labels = np.concatenate([self._train[1], self._eval[1]])
         return {
             "Mismatches": f"{len(self._train[1])} for training, {len(self._eval[1])} for validation",
             "Important": f"{labels.mean():.1%}",
-            "C": fit.C,
-            "Validation ROC-AUC": round(fit.auc, 4),
+            "C": C,
+            "Validation ROC-AUC": round(auc, 4),
         }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .configuration import LEARNED
+
 
 @dataclass
 class JudgeTrainingArguments:
@@ -15,13 +17,21 @@ class JudgeTrainingArguments:
             Folder the judge is saved to. Must be new or empty, unless `overwrite_output_dir`.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Whether files in `output_dir` may be replaced.
+        judge_type (`str`, *optional*, defaults to `"linear"`):
+            `"linear"`: logistic regression. `"mlp"`: a hidden layer in front of it (scikit-learn's `MLPClassifier`, by
+            L-BFGS), which tells more apart where there are some thousand mismatches to learn from.
+        intermediate_size (`int`, *optional*, defaults to 32):
+            Hidden units of an `"mlp"`.
         seed (`int`, *optional*, defaults to 42):
-            Seed of the split into training and validation examples.
+            Seed of the split into training and validation examples, and of an `"mlp"`'s first weights.
         validation_size (`float`, *optional*, defaults to 0.1):
             Share of the examples (problems, not rows) held out when no `eval_dataset` is given.
         C_grid (`list[float]`, *optional*):
-            Inverse strengths of the L2 penalty to try; the best validation ROC-AUC wins. Defaults to the paper's grid
+            Inverse strengths of the L2 penalty to try; the best ROC-AUC wins. Defaults to the paper's grid
             1e0 ... 1e-7 (arXiv 2504.20039, section 4).
+        num_folds (`int`, *optional*):
+            C is chosen by cross-validation over so many folds of the training examples, no example in two of them.
+            `None`: by the validation rows, one fit a C.
         recall (`float`, *optional*, defaults to 0.9):
             The threshold is the highest that still rejects this share of the important validation mismatches.
         class_weight (`str`, *optional*):
@@ -43,9 +53,12 @@ class JudgeTrainingArguments:
 
     output_dir: str
     overwrite_output_dir: bool = False
+    judge_type: str = "linear"
+    intermediate_size: int = 32
     seed: int = 42
     validation_size: float = 0.1
     C_grid: list[float] = field(default_factory=lambda: [10.0**-i for i in range(8)])
+    num_folds: int | None = None
     recall: float = 0.9
     class_weight: str | None = None
     max_iter: int = 2000
@@ -63,3 +76,9 @@ class JudgeTrainingArguments:
             raise ValueError(f"`C_grid` needs at least one value, all positive, got {self.C_grid!r}.")
         if self.class_weight not in (None, "balanced"):
             raise ValueError(f"`class_weight` must be None or 'balanced', got {self.class_weight!r}.")
+        if self.judge_type not in LEARNED:
+            raise ValueError(f"`judge_type` must be one of {sorted(LEARNED)}, got {self.judge_type!r}.")
+        if self.judge_type == "mlp" and self.class_weight is not None:
+            raise ValueError("An 'mlp' can't weigh classes: leave `class_weight=None`; the threshold decides.")
+        if self.num_folds is not None and (not isinstance(self.num_folds, int) or self.num_folds < 2):
+            raise ValueError(f"`num_folds` must be an int of at least 2 or None, got {self.num_folds!r}.")

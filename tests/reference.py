@@ -25,7 +25,7 @@ def judged(model, assistant, tokens, max_new_tokens, eos_ids, num_assistant_toke
     """Judge decoding, greedy, as the paper describes it: draft, verify, keep what matches or scores below."""
     limit = len(tokens) + max_new_tokens
     tokens = greedy(model, tokens, 1, eos_ids)
-    matched = judge_accepted = 0
+    matched = judge_accepted = judge_rejected = 0
     while tokens[-1] not in eos_ids and len(tokens) < limit:
         k = min(num_assistant_tokens, limit - len(tokens) - 1)
         draft = greedy(assistant, tokens, k, eos_ids)[len(tokens) :]
@@ -40,12 +40,13 @@ def judged(model, assistant, tokens, max_new_tokens, eos_ids, num_assistant_toke
             elif score < threshold:
                 judge_accepted += 1
             else:
+                judge_rejected += 1
                 break
             tokens.append(candidate)
             if candidate in eos_ids:
-                return tokens, matched, judge_accepted
+                return tokens, (matched, judge_accepted, judge_rejected)
         tokens.append(logits[len(tokens) - 1].argmax().item())
-    return tokens, matched, judge_accepted
+    return tokens, (matched, judge_accepted, judge_rejected)
 
 
 @torch.no_grad()

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measuring: the figures against a literal count, plain greedy under any generation config, refusals."""
 
+import functools
+
 import numpy as np
 import pytest
 import reference
 import torch
 from conftest import random_llama, similar_model
 
-from autojudge_hf import AutoJudge, JudgeConfig, evaluate_judge
+import autojudge_hf.evaluation
+from autojudge_hf import AutoJudge, JudgeConfig, calibrate_threshold, evaluate_judge
 from autojudge_hf.evaluation import highlight_accepted, measure_decoding, paired_interval
 from autojudge_hf.tasks import Task
 
@@ -53,7 +56,7 @@ def test_rows_equal_a_literal_count(pair, tokenizer, top_k):
         model.generation_config.update(repetition_penalty=None, do_sample=False, temperature=None)
     assert lossless["threshold"] is None and judged["threshold"] == 0.8
     for row, threshold in ((lossless, 0.0), (judged, 0.8)):
-        texts, tokens, forwards = [], 0, 0
+        texts, tokens, forwards, decided = [], [], [], [0, 0]
         for example in EXAMPLES:
             ids = tokenizer(example["text"], return_tensors="pt", add_special_tokens=False)["input_ids"]
             output = model.generate(
@@ -70,14 +73,18 @@ def test_rows_equal_a_literal_count(pair, tokenizer, top_k):
             if threshold == 0.0:
                 assert output.sequences[0].tolist() == reference.greedy(model, ids[0].tolist(), 24, (1,))
             texts.append(tokenizer.decode(response, skip_special_tokens=True))
-            tokens += len(response)
-            forwards += output.num_target_forwards.item()
+            tokens.append(len(response))
+            forwards.append(output.num_target_forwards.item())
+            decided[0] += output.num_judge_accepted.item()
+            decided[1] += output.num_judge_rejected.item()
         assert row["texts"] == texts
         assert row["correct"] == [(len(t) % 2 == 0) == e["even"] for t, e in zip(texts, EXAMPLES)]
         assert row["accuracy"] == pytest.approx(sum(row["correct"]) / 3)
-        assert row["mean_response_length"] == pytest.approx(tokens / 3)
+        assert row["mean_response_length"] == pytest.approx(sum(tokens) / 3)
         # The prefill and its token aren't a cycle.
-        assert row["tokens_per_cycle"] == pytest.approx((tokens - 3) / forwards)
+        assert row["tokens_per_cycle"] == pytest.approx((sum(tokens) - 3) / sum(forwards))
+        assert row["num_tokens"] == [n - 1 for n in tokens] and row["num_target_forwards"] == forwards
+        assert row["mismatches_accepted"] == decided[0] / sum(decided) and (threshold > 0) == (decided[0] > 0)
         assert row["tokens_per_second"] > 0
     assert judged["tokens_per_cycle"] > lossless["tokens_per_cycle"]
 
@@ -85,6 +92,64 @@ def test_rows_equal_a_literal_count(pair, tokenizer, top_k):
 def test_plain_generate_is_one_token_a_forward(pair, tokenizer):
     row = measure_decoding(pair[0], tokenizer, EXAMPLES, EvenLength(), "alone", do_sample=False, max_new_tokens=9)
     assert row["tokens_per_cycle"] == 1.0 and row["mean_response_length"] <= 9
+
+
+def test_a_batch_is_graded_example_by_example(pair, tokenizer, top_k):
+    """Batches are of prompts of similar length; the rows come back in the examples' order."""
+    examples = [*EXAMPLES, {"text": "No.", "even": True}, {"text": "A long one, " * 5, "even": True}]
+    measure = functools.partial(
+        evaluate_judge, *pair, tokenizer, examples, EvenLength(), top_k, thresholds=[0.8], **OPTIONS
+    )
+    for alone, batched in zip(measure(batch_size=1), measure(batch_size=2)):
+        for name in ("texts", "correct", "num_tokens", "num_target_forwards", "mismatches_accepted", "accuracy"):
+            assert alone[name] == batched[name]
+
+
+def calibrated(monkeypatch, judge, correct, **options):
+    """`calibrate_threshold` on made-up results: a list of bools, lossless, then for each threshold, 0.1 first."""
+
+    def rows(*args, thresholds, **kwargs):
+        for threshold, row in zip([None, *thresholds], correct):
+            figures = {"tokens_per_cycle": 5.0, "tokens_per_second": 9.0, "mean_response_length": 7.0}
+            yield {"threshold": threshold, "accuracy": np.mean(row), "correct": row, **figures}
+
+    monkeypatch.setattr(autojudge_hf.evaluation, "_rows", rows)
+    thresholds = [0.1 * n for n in range(1, len(correct))]
+    options = {"dataset_name": "made-up", "max_new_tokens": 8, **options}
+    return calibrate_threshold(None, None, None, None, None, judge, thresholds=thresholds, **options)
+
+
+def test_threshold_is_the_last_before_the_first_that_costs_too_much(monkeypatch, top_k, caplog):
+    right = [True] * 1000
+    costs = [0, 0, 10, 30, 0, 200, 0]  # per mille, of which 30 is above the first budget, and 200 above both
+    correct = [[False] * n + right[n:] for n in costs]
+    top_k.config.evaluation = []
+    rows = calibrated(monkeypatch, top_k, correct, max_drops={"cheap": 0.02, "dear": 0.1})
+    assert len(rows) == 6  # the last threshold isn't measured any more
+    assert top_k.config.thresholds == pytest.approx({"cheap": 0.2, "dear": 0.4})
+    assert top_k.config.threshold == pytest.approx(0.2)
+    curve = top_k.config.evaluation
+    assert [row["drop"] for row in curve] == pytest.approx([n / 1000 for n in costs[:6]])
+    assert {row["split"] for row in curve} == {"validation"}
+    # Once more, on fewer problems: the curve is replaced, and what can't be kept is said.
+    calibrated(monkeypatch, top_k, [right[:50], [False] * 9 + right[:41]], max_drops={"cheap": 0.02})
+    assert top_k.config.thresholds == {"cheap": 0.0} and len(top_k.config.evaluation) == 2
+    assert "isn't sure to keep to ['cheap']" in caplog.text
+    with pytest.raises(ValueError, match="confidence"):
+        calibrated(monkeypatch, top_k, [right, right], confidence=0.1)
+
+
+def test_the_budget_is_kept_as_often_as_promised(monkeypatch, top_k):
+    """Eight thresholds, all of which cost exactly a little more than the budget: few samples may let one pass."""
+    rng = np.random.default_rng(1)
+    passed = 0
+    for _ in range(200):
+        lossless = rng.random(500) < 0.9
+        # A mismatch that is accepted spoils an answer, or mends one.
+        correct = [np.where(rng.random(500) < 0.1, rng.random(500) < 0.395, lossless) for _ in range(8)]
+        calibrated(monkeypatch, top_k, [lossless, *correct], max_drops={"5 points": 0.05}, confidence=0.9)
+        passed += top_k.config.threshold > 0
+    assert 5 <= passed <= 32  # a tenth of 200, give or take three standard deviations
 
 
 def test_refused_before_any_forward(pair, tokenizer, top_k):

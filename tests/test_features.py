@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from autojudge_hf import JudgeConfig
-from autojudge_hf.features import judge_inputs, logit_features
+from autojudge_hf.features import assistant_logit_features, judge_inputs, logit_features
 
 
 def test_positions_and_order():
@@ -45,3 +45,40 @@ def test_logit_features_follow_the_states():
     features = judge_inputs(candidate_ids, logits, states, None, "candidate", True).features
     assert features.shape == (1, 2, 6)
     assert torch.equal(features[..., 2:], logit_features(candidate_ids, logits[:, :2]))
+
+
+def test_assistant_logit_features_by_hand():
+    p, q = [0.5, 0.25, 0.25, 0.0], [0.25, 0.25, 0.5, 0.0]
+    target, assistant = torch.tensor([[p]]).log(), torch.tensor([[q]]).log() - 1.0
+    candidate, kl = assistant_logit_features(torch.tensor([[2]]), target, assistant)[0, 0].tolist()
+    assert candidate == pytest.approx(math.log(0.5))
+    assert kl == pytest.approx(0.5 * math.log(2) + 0.25 * math.log(0.5))
+    assert not assistant_logit_features(torch.tensor([[3]]), target, assistant)[0, 0, 0].isfinite()
+
+
+@pytest.mark.parametrize("position", ["candidate", "previous", "both"])
+def test_columns_are_where_the_config_says(position):
+    candidate_ids, logits, drafted = torch.tensor([[3, 1]]), torch.randn(1, 3, 5), torch.randn(1, 2, 5)
+    target, assistant = torch.randn(1, 3, 2), torch.randn(1, 3, 3)
+    features = judge_inputs(candidate_ids, logits, target, assistant, position, True, drafted, True).features
+    config = JudgeConfig(
+        hidden_size=2,
+        assistant_hidden_size=3,
+        state_position=position,
+        logit_features=True,
+        assistant_logit_features=True,
+    )
+    expected = {
+        "assistant state, previous": assistant[:, :2],
+        "assistant state, candidate": assistant[:, 1:],
+        "target state, previous": target[:, :2],
+        "target state, candidate": target[:, 1:],
+        "logit features": logit_features(candidate_ids, logits[:, :2]),
+        "assistant logit features": assistant_logit_features(candidate_ids, logits[:, :2], drafted),
+    }
+    assert features.shape[-1] == config.num_features
+    assert len(config.feature_columns) == (6 if position == "both" else 4)
+    for name, at in config.feature_columns.items():
+        assert torch.equal(features[..., at], expected[name])
+    states = [expected[name] for name in config.feature_columns if "state" in name]
+    assert torch.equal(features[..., : config.num_state_features], torch.cat(states, dim=-1))

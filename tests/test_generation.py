@@ -33,7 +33,9 @@ from transformers.generation.streamers import BaseStreamer
 
 import autojudge_hf.generation
 from autojudge_hf import AutoJudge, JudgeConfig, JudgeDecoderOnlyOutput, judge_decoding
+from autojudge_hf.features import judge_inputs
 from autojudge_hf.forward import CACHE_NAME, shrink
+from autojudge_hf.generation import COUNTS
 from autojudge_hf.tasks import GSM8K
 
 
@@ -223,7 +225,7 @@ def test_rows_give_what_they_give_alone(random_pair, linear_judge):
             got = batch.sequences[row, 7:].tolist()
             assert got[: len(response)] == response
             assert set(got[len(response) :]) <= {0}
-            for name in ("num_target_forwards", "num_candidates", "num_matches", "num_judge_accepted"):
+            for name in COUNTS:
                 assert getattr(batch, name)[row] == getattr(alone, name)
     assert len(lengths) > 3
 
@@ -283,7 +285,7 @@ def test_a_batch_that_isnt_realigned_is_noticed(random_pair, top_k, monkeypatch)
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.9])
 def test_judged_equals_the_literal_loop(random_pair, linear_judge, threshold):
     model, assistant = random_pair
-    expected, matched, accepted = reference.judged(
+    expected, counts = reference.judged(
         model, assistant, PROMPT[0].tolist(), 60, (), 5, linear_judge.weight, linear_judge.bias, threshold
     )
     output = model.generate(
@@ -297,7 +299,7 @@ def test_judged_equals_the_literal_loop(random_pair, linear_judge, threshold):
         return_dict_in_generate=True,
     )
     assert output.sequences[0].tolist() == expected
-    assert (output.num_matches.item(), output.num_judge_accepted.item()) == (matched, accepted)
+    assert tuple(getattr(output, name).item() for name in COUNTS[2:]) == counts
 
 
 @pytest.mark.parametrize("threshold", [0.1, 0.5, 0.9])
@@ -312,7 +314,7 @@ def test_judged_equals_the_literal_loop_on_the_embedded_pair(
         reference.judged(target, draft, prompt, 200, eos, 16, judge.weight, judge.bias, threshold)
         for prompt in prompts
     ]
-    assert threshold < 0.9 or sum(accepted for _, _, accepted in expected) > 0
+    assert threshold < 0.9 or sum(accepted for _, (_, accepted, _) in expected) > 0
     options = {"do_sample": False, "max_new_tokens": 200, "assistant_model": draft, "num_assistant_tokens": 16}
     options |= {"judge": judge, "judge_threshold": threshold, "return_dict_in_generate": True}
     for batch_size in (1, 4):
@@ -320,12 +322,12 @@ def test_judged_equals_the_literal_loop_on_the_embedded_pair(
             inputs = left_padded(prompts[start : start + batch_size])
             output = target.generate(**inputs, **options)
             width = inputs["input_ids"].shape[1]
-            for row, (prompt, (tokens, matched, accepted)) in enumerate(
+            for row, (prompt, (tokens, counts)) in enumerate(
                 zip(prompts[start:], expected[start : start + batch_size])
             ):
                 response = tokens[len(prompt) :]
                 assert output.sequences[row, width : width + len(response)].tolist() == response
-                assert (output.num_matches[row], output.num_judge_accepted[row]) == (matched, accepted)
+                assert tuple(getattr(output, name)[row].item() for name in COUNTS[2:]) == counts
 
 
 def test_threshold_one_accepts_every_candidate(random_pair, linear_judge):
@@ -398,10 +400,10 @@ def test_a_batch_continues_from_a_cache(random_pair, top_k):
         model.generate(inputs["input_ids"], attention_mask=mask, **options)
 
 
-@pytest.mark.parametrize("judge_type", ["top_k", "margin", "entropy", "kl"])
+@pytest.mark.parametrize("judge_type", ["top_k", "rule", "margin", "entropy", "kl"])
 def test_training_free_judges_decode(random_pair, judge_type):
     model, _ = random_pair
-    judge = AutoJudge.from_config(JudgeConfig(judge_type=judge_type))
+    judge = AutoJudge.from_config(JudgeConfig(judge_type=judge_type, important_token_ids=[1, 2, 3]))
     options = {
         "do_sample": False,
         "max_new_tokens": 30,
@@ -436,6 +438,46 @@ def test_a_kl_judge_reads_what_the_draft_was_made_from(random_pair):
         model.generate(PROMPT, do_sample=False, max_new_tokens=6, prompt_lookup_num_tokens=3, judge=judge)
 
 
+def test_a_judge_of_everything_sees_what_full_passes_see(random_pair):
+    """Every feature there is, in a draft made one token after the other, compared with one pass of each model."""
+    model, assistant = random_pair
+    config = JudgeConfig(
+        judge_type="mlp",
+        hidden_size=32,
+        assistant_hidden_size=32,
+        state_position="both",
+        logit_features=True,
+        assistant_logit_features=True,
+        intermediate_size=4,
+    )
+    judge, seen = AutoJudge.from_config(config), []
+    torch.manual_seed(0)
+    judge.load_state_dict({name: torch.randn_like(tensor) / 10 for name, tensor in judge.state_dict().items()})
+    judge.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    model.generate(
+        PROMPT, do_sample=False, max_new_tokens=9, assistant_model=assistant, judge=judge, num_assistant_tokens=4
+    )
+    first = model.generate(PROMPT, do_sample=False, max_new_tokens=1)[0].tolist()
+    candidates = seen[0].candidate_ids
+    passes = [x(torch.tensor([first + candidates[0].tolist()]), output_hidden_states=True) for x in random_pair]
+    logits, states = zip(*((x.logits[:, -5:], x.hidden_states[-1][:, -5:]) for x in passes))
+    expected = judge_inputs(candidates, logits[0], *states, "both", True, logits[1][:, :-1], True)
+    torch.testing.assert_close(seen[0].features, expected.features, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="'mlp' judge.*prompt lookup"):
+        model.generate(PROMPT, do_sample=False, max_new_tokens=6, prompt_lookup_num_tokens=3, judge=judge)
+
+
+def test_thresholds_by_name_decode(random_pair, linear_judge):
+    model, assistant = random_pair
+    linear_judge.config.thresholds = {"nothing": 0.0, "half": 0.5}
+    options = {"do_sample": False, "max_new_tokens": 30, "assistant_model": assistant, "judge": linear_judge}
+    for name, value in linear_judge.config.thresholds.items():
+        named, number = (model.generate(PROMPT, judge_threshold=t, **options) for t in (name, value))
+        assert torch.equal(named, number)
+    with pytest.raises(ValueError, match="no threshold named 'all'.*'nothing', 'half'"):
+        model.generate(PROMPT, judge_threshold="all", **options)
+
+
 def test_counts_add_up(random_pair, linear_judge):
     model, assistant = random_pair
     output = model.generate(
@@ -448,7 +490,7 @@ def test_counts_add_up(random_pair, linear_judge):
         return_dict_in_generate=True,
     )
     assert isinstance(output, JudgeDecoderOnlyOutput)
-    for name in ("num_target_forwards", "num_candidates", "num_matches", "num_judge_accepted"):
+    for name in COUNTS:
         value = getattr(output, name)
         assert value.shape == (1,) and value.dtype == torch.long
     # The prefill's token, and per cycle the accepted candidates and the target's own.

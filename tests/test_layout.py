@@ -39,6 +39,7 @@ ORDER = [
     "mining",
     "evaluation",
     "training_args",
+    "fitting",
     "trainer",
     "__init__",
 ]

@@ -24,6 +24,7 @@ from autojudge_hf import (
     LinearJudge,
     compute_features,
     mine_mismatches,
+    select_features,
 )
 from autojudge_hf.features import logit_features
 from autojudge_hf.mined_examples import read_mismatches
@@ -351,18 +352,46 @@ def test_logit_features_equal_those_of_full_passes(random_pair):
         torch.testing.assert_close(torch.tensor(row["features"][32:]), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_assistant_logit_features_equal_those_of_full_passes(random_pair):
+    rows = mine_random(random_pair, assistant_logit_features=True)
+    assert json.loads(rows[0]["pair"])["features"]["assistant_logit_features"]
+    for row in rows:
+        target, assistant = (reference.logits_after(model, row["input_ids"])[-1] for model in random_pair)
+        p, q = target.double().softmax(0), assistant.double().softmax(0)
+        expected = [q[row["candidate_token_id"]].log().item(), (p * (p / q).log()).sum().item()]
+        assert row["features"][32:] == pytest.approx(expected, abs=1e-4)
+
+
+def test_fewer_features_of_the_same_mining(random_pair):
+    everything = {"assistant_states": True, "logit_features": True, "assistant_logit_features": True}
+    mined = mine_random(random_pair, state_position="both", **everything)
+    for position in ("candidate", "previous", "both"):
+        for assistant in (False, True):
+            for logits in (False, True):
+                options = {"state_position": position, "logit_features": logits}
+                alone = mine_random(random_pair, assistant_states=assistant, **options)
+                layout = {**options, "assistant_logit_features": False}
+                fewer = select_features(mined, **layout, **({} if assistant else {"assistant_hidden_size": None}))
+                assert_same(fewer, alone)
+                assert json.loads(fewer[0]["pair"]) == json.loads(alone[0]["pair"])
+                if position == "candidate":
+                    with pytest.raises(ValueError, match="target state, previous.*compute_features"):
+                        select_features(alone, state_position="both")
+
+
 @pytest.mark.parametrize("assistant_states", [False, True])
 @pytest.mark.parametrize("state_position", ["candidate", "both"])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_features_are_found_again_from_tokens(random_pair, assistant_states, state_position, temperature):
-    layout = {"state_position": state_position, "logit_features": True}
-    options = {"temperature": temperature, "assistant_states": assistant_states, **layout}
+    layout = {"state_position": state_position, "logit_features": True, "assistant_states": assistant_states}
+    layout["assistant_logit_features"] = state_position == "both"
+    options = {"temperature": temperature, **layout}
     mined, tokens = mine_random(random_pair, **options), mine_random(random_pair, features_dtype=None, **options)
     assert found(tokens) == found(mined) and not any(tokens["features"])
     with pytest.raises(ValueError, match="tokens only.*compute_features"):
         JudgeTrainer(JudgeTrainingArguments(output_dir="unused"), tokens)
     model, assistant = random_pair
-    again = compute_features(tokens, model, assistant if assistant_states else None, **layout)
+    again = compute_features(tokens, model, assistant, **layout)
     assert_same(again, mined)
     assert json.loads(again[0]["pair"]) == json.loads(mined[0]["pair"]) and again.features == mined.features
 
@@ -380,6 +409,9 @@ def test_features_of_another_pair_are_refused(random_pair):
     mined = mine_random(random_pair)
     with pytest.raises(ValueError, match="target .* of width 32, got .* of width 48"):
         compute_features(mined, random_llama(hidden_size=48))
+    for wanted in ("assistant_states", "assistant_logit_features"):
+        with pytest.raises(ValueError, match="need the assistant"):
+            compute_features(mined, random_pair[0], **{wanted: True})
     with pytest.raises(ValueError, match="features_dtype.*int8"):
         compute_features(mined, random_pair[0], features_dtype="int8")
 

@@ -10,12 +10,24 @@ import torch
 from conftest import random_llama, similar_model
 from safetensors.torch import save_file
 
-from autojudge_hf import AutoJudge, EntropyJudge, Judge, JudgeConfig, KLJudge, LinearJudge, MarginJudge, TopKJudge
+from autojudge_hf import (
+    AutoJudge,
+    EntropyJudge,
+    Judge,
+    JudgeConfig,
+    KLJudge,
+    LinearJudge,
+    MarginJudge,
+    MLPJudge,
+    RuleJudge,
+    TopKJudge,
+    symbol_token_ids,
+)
 from autojudge_hf.features import JudgeInputs
 from autojudge_hf.verification import harmless
 
 
-TRAINING_FREE = (TopKJudge, MarginJudge, EntropyJudge, KLJudge)
+TRAINING_FREE = (TopKJudge, RuleJudge, MarginJudge, EntropyJudge, KLJudge)
 
 
 @pytest.fixture
@@ -113,6 +125,53 @@ def test_top_k_accepts_by_rank():
     assert (scores.diff() > 0).all()
     for threshold, best in ((0.6, 2), (0.7, 3), (0.76, 4)):
         assert (scores < threshold).tolist() == [rank <= best for rank in range(1, 6)]
+
+
+def test_a_rule_judge_is_top_k_but_for_symbols(tmp_path, tokenizer):
+    inputs, symbols = random_inputs(), [2, 7, 11]
+    judge = RuleJudge(JudgeConfig(judge_type="rule", important_token_ids=symbols))
+    judge.save_pretrained(tmp_path)
+    scores = AutoJudge.from_pretrained(tmp_path)(inputs)
+    by_rank = TopKJudge(JudgeConfig(judge_type="top_k"))(inputs)
+    own = inputs.target_logits.argmax(-1)
+    for candidate, best, score, expected in zip(inputs.candidate_ids[0].tolist(), own[0], scores[0], by_rank[0]):
+        is_symbol = candidate in symbols or best in symbols
+        assert harmless(score, 0.99) == (not is_symbol and harmless(expected, 0.99))
+        assert is_symbol or score == expected
+    assert harmless(scores, 1.0).all()
+    texts = {token: tokenizer.decode([token]) for token in symbol_token_ids(tokenizer)}
+    assert {"0", "=", "+"} <= {text.strip() for text in texts.values()} and all(texts.values())
+    assert not {"apples", "the"} & {text.strip() for text in texts.values()}
+
+
+def test_mlp_score_by_hand(tmp_path):
+    judge = MLPJudge(JudgeConfig(judge_type="mlp", hidden_size=3, intermediate_size=2))
+    assert judge.decision_function(torch.ones(3)).isnan()
+    tensors = {
+        "hidden_weight": torch.tensor([[1.0, -1.0], [0.5, 2.0], [0.0, 1.0]]),
+        "hidden_bias": torch.tensor([0.25, -1.0]),
+        "weight": torch.tensor([2.0, -3.0]),
+        "bias": torch.tensor([0.5]),
+    }
+    judge.load_state_dict(tensors)
+    judge.save_pretrained(tmp_path)
+    loaded = AutoJudge.from_pretrained(tmp_path)
+    # relu(1 + 1 + .25) = 2.25 and relu(-1 + 4 + 3 - 1) = 5; relu(-1 + .25) = 0 and relu(1 - 1) = 0
+    scores = loaded.decision_function(torch.tensor([[1.0, 2.0, 3.0], [-1.0, 0.0, 0.0]]))
+    assert isinstance(loaded, MLPJudge) and scores.tolist() == [0.5 + 4.5 - 15.0, 0.5]
+
+
+def test_thresholds_by_name():
+    config = JudgeConfig(judge_type="top_k", thresholds={"1 point": 0.6, "5 points": 1})
+    assert config.threshold_named("5 points") == 1.0
+    with pytest.raises(ValueError, match=r"'2 points'.*'1 point', '5 points'.*calibrate_threshold"):
+        config.threshold_named("2 points")
+    for wrong in ({"1 point": 2}, {1: 0.5}, [0.5], {"1 point": "0.5"}):
+        with pytest.raises(ValueError, match="thresholds"):
+            JudgeConfig(judge_type="top_k", thresholds=wrong)
+    for name, wrong in (("important_token_ids", [1, -1]), ("important_token_ids", "12"), ("intermediate_size", 0)):
+        with pytest.raises(ValueError, match=name):
+            JudgeConfig(judge_type="rule", **{name: wrong})
 
 
 def test_linear_score_is_the_dot_product(linear):

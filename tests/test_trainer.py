@@ -41,21 +41,104 @@ def trainer(tmp_path, dataset, eval_dataset=None, **args):
     return JudgeTrainer(JudgeTrainingArguments(output_dir=str(tmp_path / "out"), **args), dataset, eval_dataset)
 
 
-def test_saved_judge_equals_scikit_learn(tmp_path):
+def classifiers(C):
+    """scikit-learn's own, by the `judge_type` that should equal them."""
     from sklearn.linear_model import LogisticRegression
+    from sklearn.neural_network import MLPClassifier
+
+    return {
+        "linear": LogisticRegression(C=C, max_iter=2000),
+        "mlp": MLPClassifier((8,), solver="lbfgs", alpha=1 / C, max_iter=2000, max_fun=10**6, random_state=42),
+    }
+
+
+@pytest.mark.parametrize("judge_type", ["linear", "mlp"])
+def test_saved_judge_equals_scikit_learn(tmp_path, judge_type):
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     train, held_out = made_up(), made_up(seed=1)
-    ours = trainer(tmp_path, train, held_out, C_grid=[0.01])
+    ours = trainer(tmp_path, train, held_out, C_grid=[0.01], judge_type=judge_type, intermediate_size=8)
     ours.train()
     ours.save_model()
     loaded = AutoJudge.from_pretrained(tmp_path / "out")
-    theirs = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000))
+    assert loaded.judge_type == judge_type
+    theirs = make_pipeline(StandardScaler(), classifiers(0.01)[judge_type])
     theirs.fit(np.array(train["features"][:], dtype=np.float32), train["label"][:])
     features = np.array(held_out["features"][:], dtype=np.float32)
-    expected = theirs.predict_proba(features.astype(np.float64))[:, 1]
-    np.testing.assert_allclose(loaded.predict_proba(torch.from_numpy(features)).numpy(), expected, atol=1e-6)
+    # An MLP's optimiser may stop elsewhere on the same plain where the last digits of its inputs differ.
+    expected = theirs.predict_proba(features)[:, 1]
+    tolerance = 1e-6 if judge_type == "linear" else 1e-2
+    np.testing.assert_allclose(loaded.predict_proba(torch.from_numpy(features)).numpy(), expected, atol=tolerance)
+
+
+def test_cross_validation_equals_a_literal_loop(tmp_path):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import GroupKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    held_out, grid = made_up(num_examples=5, seed=1), [1.0, 1e-3, 0.1]
+    ours = trainer(tmp_path, made_up(), held_out, C_grid=grid, num_folds=4)
+    features, labels = ours._train
+    groups = np.array(ours.train_dataset["example_id"])
+    aucs = []
+    for c, scores in zip(grid, ours.cross_validate(4)):
+        expected = np.empty(len(labels))
+        for fitted, rest in GroupKFold(4).split(features, labels, groups):
+            assert not set(groups[fitted]) & set(groups[rest])
+            theirs = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000, tol=1e-8))
+            theirs.fit(features[fitted].astype(np.float64), labels[fitted])
+            expected[rest] = theirs.decision_function(features[rest].astype(np.float64))
+        np.testing.assert_allclose(scores, expected, atol=2e-2)
+        aucs.append(roc_auc_score(labels, scores))
+    history = ours.train().log_history
+    assert [row["cross_validated_auc"] for row in history[:-1]] == pytest.approx(aucs, abs=1e-6)
+    assert history[-1]["best_C"] == grid[int(np.argmax(aucs))]
+    with pytest.raises(ValueError, match="61 folds.*60"):
+        ours.cross_validate(61)
+
+
+def test_an_mlp_learns_what_a_vector_cannot(tmp_path):
+    """Exclusive or: nothing for a linear judge, everything for one hidden layer."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(1200, 16)).astype(np.float32) * 3 + 5
+    labels = ((features[:, 0] > 5) ^ (features[:, 1] > 5)).astype(int)
+    rows = made_up(num_examples=150, features=features, label=labels)
+    aucs = {}
+    for judge_type in ("linear", "mlp"):
+        ours = trainer(tmp_path, rows, judge_type=judge_type, C_grid=[1.0, 0.1], validation_size=0.3)
+        aucs[judge_type] = ours.train().best_metric
+    assert aucs["linear"] < 0.65 and aucs["mlp"] > 0.9
+
+
+@pytest.mark.parametrize("judge_type", ["linear", "mlp"])
+def test_poor_data_gives_a_warning_and_a_judge(tmp_path, caplog, judge_type):
+    constant = np.full((480, 16), 7.0, dtype=np.float32)
+    ours = trainer(tmp_path, made_up(features=constant), C_grid=[0.1], judge_type=judge_type)
+    ours.train()
+    assert "no better than chance" in caplog.text
+    ours.save_model()
+    scores = AutoJudge.from_pretrained(tmp_path / "out").predict_proba(torch.from_numpy(constant))
+    assert scores.isfinite().all() and scores.std() < 1e-6
+    caplog.clear()
+    # One in a thousand, in training and in validation; one feature of all that never changes.
+    rare = made_up(num_examples=500)
+    features = np.array(rare["features"][:], dtype=np.float32)
+    features[:, 0] = 1e4
+    labels = np.zeros(4000, dtype=int)
+    labels[[400, 1200, 2000, 3200]] = 1
+    features[labels == 1, 3] += 40 * features[:, 3].std()
+    rare = made_up(num_examples=500, features=features, label=labels)
+    ours = JudgeTrainer(
+        JudgeTrainingArguments(output_dir=str(tmp_path / "rare"), judge_type=judge_type, C_grid=[0.1]),
+        rare.select(range(2400)),
+        rare.select(range(2400, 4000)),
+    )
+    metrics = ours.train().log_history[-1]
+    assert "Only 3 of the 2400 training mismatches" in caplog.text and "Only 1 of the 1600" in caplog.text
+    assert metrics["eval_recall"] == 1.0 and metrics["eval_harmless_accepted"] > 0.99
 
 
 @pytest.mark.slow
@@ -178,6 +261,9 @@ def test_refusals(tmp_path, caplog):
         ({"C_grid": []}, "C_grid"),
         ({"class_weight": "heavy"}, "class_weight"),
         ({"validation_size": 1.0}, "validation_size"),
+        ({"judge_type": "top_k"}, "judge_type.*linear.*mlp.*top_k"),
+        ({"judge_type": "mlp", "class_weight": "balanced"}, "weigh classes"),
+        ({"num_folds": 1}, "num_folds"),
     ):
         with pytest.raises(ValueError, match=message):
             JudgeTrainingArguments(output_dir="x", **args)

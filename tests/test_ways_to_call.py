@@ -14,6 +14,7 @@ from transformers import GenerationConfig, pipeline
 import autojudge_hf.checks
 import autojudge_hf.generation
 from autojudge_hf import AutoJudge, JudgeConfig
+from autojudge_hf.generation import COUNTS
 from autojudge_hf.tasks import GSM8K
 
 
@@ -70,7 +71,7 @@ def test_summary_is_a_line_with_the_counts(random_pair, top_k):
         return_dict_in_generate=True,
     )
     line = output.summary()
-    for name in ("num_target_forwards", "num_candidates", "num_matches", "num_judge_accepted"):
+    for name in COUNTS:
         assert str(getattr(output, name).item()) in line
     assert "\n" not in line
 

@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much faster at which loss? Every judge on the embedded pair, compared in one run: a table and a plot.
+
+    python examples/compare_judges.py --output_dir runs/compare
+
+Judges learn from training problems. Thresholds and draft lengths are chosen on validation problems: thresholds by the
+accuracy they cost, at most 1 point and at most 5, draft lengths by the clock. Fresh test problems, decoded once at
+each judge's two thresholds, give the table. The oracle knows the search's own labels of the first of these; what is
+told of its share is told of those. Interrupted, the same command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measure_judge import MAX_NEW_TOKENS, PAIR, TASKS
+from measure_oracle import cycles, way_of_the_search
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from autojudge_hf import (
+    AutoJudge,
+    JudgeConfig,
+    JudgeTrainer,
+    JudgeTrainingArguments,
+    calibrate_threshold,
+    evaluation_summary,
+    judge_decoding,
+    mine_mismatches,
+    select_features,
+    symbol_token_ids,
+)
+from autojudge_hf.evaluation import measure_decoding
+from autojudge_hf.plots import plot_trade_off
+
+
+LOGITS = {"logit_features": True, "assistant_logit_features": False}
+STATES = {"logit_features": False, "assistant_logit_features": False}
+#: Name, type and features. The paper's judge reads both models' states of the candidate.
+LEARNED = {
+    "mlp": ("mlp", {"state_position": "both", "assistant_hidden_size": None, **LOGITS}),
+    "linear": ("linear", {"state_position": "both", "assistant_hidden_size": None, **LOGITS}),
+    "paper": ("linear", {"state_position": "candidate", **STATES}),
+}
+#: A learned judge's thresholds are those that reject these shares of the important mismatches it wasn't fitted on.
+RECALLS = (0.99, 0.98, 0.97, 0.95, 0.93, 0.9, 0.85, 0.8, 0.7)
+TRAINING_FREE = {
+    "margin": (0.2, 0.4, 0.6, 0.75, 0.85, 0.92, 0.96),
+    "entropy": (0.2, 0.4, 0.6, 0.75, 0.85, 0.92, 0.96),
+    "kl": (0.02, 0.05, 0.1, 0.2, 0.3, 0.5),
+    # Up to rank 2, 3, 4, 6 and 10.
+    "top_k": (0.6, 0.7, 0.76, 0.84, 0.9),
+    "rule": (0.6, 0.7, 0.76, 0.84, 0.9),
+}
+MAX_DROPS = {"1 point": 0.01, "5 points": 0.05}
+BATCH_SIZE = 32
+
+
+@cache
+def load_pair():
+    tokenizer = AutoTokenizer.from_pretrained(PAIR / "target")
+    models = [AutoModelForCausalLM.from_pretrained(PAIR / x, dtype=torch.float32).eval() for x in ("target", "draft")]
+    return *models, tokenizer
+
+
+def take(task: str, split: str, seed: int, n: int) -> list[dict]:
+    return list(itertools.islice(TASKS[task][1](split, seed), n))
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """What an earlier run has written to `path`, or else `make()`."""
+    if not path.exists():
+        value = make()
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(value))
+        part.replace(path)
+    return json.loads(path.read_text())
+
+
+def train(name: str, mined, folder: Path) -> None:
+    """Chooses C by cross-validation, and saves the judge with the thresholds to try."""
+    judge_type, layout = LEARNED[name]
+    grid = [0.1, 0.03, 0.01] if judge_type == "mlp" else [1.0, 0.1, 0.01, 0.001]
+    arguments = JudgeTrainingArguments(
+        output_dir=str(folder / name),
+        judge_type=judge_type,
+        num_folds=5,
+        C_grid=grid,
+        validation_size=0.1,
+        max_iter=400,
+    )
+    trainer = JudgeTrainer(arguments, select_features(mined, **layout))
+    trainer.train()
+    prediction = trainer.predict(trainer.eval_dataset)
+    important = torch.from_numpy(prediction.predictions[prediction.label_ids == 1])
+    trainer.judge.config.thresholds = {f"recall {recall}": important.quantile(1 - recall).item() for recall in RECALLS}
+    print(f"{name}: ROC-AUC {trainer.state.best_metric:.4f} across folds, C {trainer.judge.config.training['C']}")
+    trainer.save_model()
+
+
+def calibrate(name: str, task: str, problems: list[dict], folder: Path, draft_length: int) -> None:
+    """Runs in a process of its own: chooses the thresholds of the judge in `folder`, and saves it."""
+    torch.set_num_threads(1)
+    model, draft, tokenizer = load_pair()
+    path = folder / "calibrated" / name
+    if path.exists():
+        return
+    if name in LEARNED:
+        judge = AutoJudge.from_pretrained(folder / "trained" / name)
+        thresholds = list(judge.config.thresholds.values())
+    else:
+        judge = AutoJudge.from_config(JudgeConfig(judge_type=name))
+        if name == "rule":
+            judge = AutoJudge.from_config(
+                JudgeConfig(judge_type=name, important_token_ids=symbol_token_ids(tokenizer))
+            )
+        thresholds = TRAINING_FREE[name]
+    calibrate_threshold(
+        model,
+        draft,
+        tokenizer,
+        problems,
+        TASKS[task][0],
+        judge,
+        thresholds=thresholds,
+        max_drops=MAX_DROPS,
+        dataset_name=TASKS[task][2],
+        num_assistant_tokens=draft_length,
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=BATCH_SIZE,
+    )
+    judge.save_pretrained(path)
+
+
+def decode(
+    task: str, problems: list[dict], judge, threshold: float | None, draft_length: int, batch_size: int
+) -> dict:
+    """`measure_decoding`, lossless without a judge."""
+    model, draft, tokenizer = load_pair()
+    loop = partial(judge_decoding, assistant_model=draft, num_assistant_tokens=draft_length)
+    if judge is not None:
+        loop = partial(loop, judge=judge, judge_threshold=threshold)
+    row = measure_decoding(
+        model,
+        tokenizer,
+        problems,
+        TASKS[task][0],
+        "lossless" if judge is None else f"{judge.judge_type} at {threshold:.3g}",
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=batch_size,
+        custom_generate=loop,
+        assistant_model=draft,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    del row["texts"]
+    return row
+
+
+def test(point: tuple[str, float | None], task: str, problems: list[dict], folder: Path, draft_length: int) -> dict:
+    """Runs in a process of its own: one point of the final pass."""
+    torch.set_num_threads(1)
+    name, threshold = point
+    judge = None if threshold is None else AutoJudge.from_pretrained(folder / "calibrated" / name)
+    path = folder / f"test-{name}-{threshold}.json"
+    return kept(path, lambda: decode(task, problems, judge, threshold, draft_length, BATCH_SIZE))
+
+
+def tuned_length(task: str, problems: list[dict], judge, threshold: float | None, lengths: list[int]) -> int:
+    """The draft length with the most tokens per second, one problem at a time."""
+    return max(lengths, key=lambda k: decode(task, problems, judge, threshold, k, 1)["tokens_per_second"])
+
+
+def oracle(task: str, problems: list[dict], folder: Path, draft_length: int) -> list[list[int]]:
+    """Tokens and cycles of each problem if only important mismatches end a draft."""
+    model, draft, tokenizer = load_pair()
+    its_task = TASKS[task][0]
+    mined = mine_mismatches(
+        model,
+        draft,
+        tokenizer,
+        problems,
+        its_task,
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=BATCH_SIZE,
+        num_assistant_tokens=8,
+        features_dtype=None,
+        output_dir=folder / "oracle",
+    )
+    rows = mined.remove_columns(["features", "pair"]).to_list()
+    found = {i: list(group) for i, group in itertools.groupby(rows, key=lambda row: row["example_id"])}
+    results = []
+    for i, problem in enumerate(tqdm(problems, desc="oracle", unit="problem")):
+        prompt = tokenizer.encode(its_task.prompt(problem, tokenizer), add_special_tokens=False)
+        start, end, important = way_of_the_search(model, tokenizer, prompt, found.get(i, []))
+        results.append([end - start - 1, cycles(start, end, important, draft_length)])
+    return results
+
+
+def per_cycle(row: dict, n: int | None = None) -> float:
+    """Tokens per cycle, of the first `n` problems."""
+    return sum(row["num_tokens"][:n]) / sum(row["num_target_forwards"][:n])
+
+
+def gap_interval(lossless: dict, judged: dict, best: list[list[int]]) -> tuple[float, float, float]:
+    """The share of the way from lossless to oracle tokens per cycle, and its 95 % bootstrap interval."""
+    n = len(best)
+    sums = np.array(
+        [[row["num_tokens"][:n], row["num_target_forwards"][:n]] for row in (lossless, judged)] + [list(zip(*best))]
+    )
+    draws = np.random.default_rng(0).multinomial(n, [1 / n] * n, size=2000)
+    drawn = np.concatenate([sums.sum(axis=2)[..., None], sums @ draws.T], axis=2)
+    low, got, high = drawn[:, 0] / drawn[:, 1]
+    shares = (got - low) / (high - low)
+    return shares[0], *np.quantile(shares[1:], [0.025, 0.975])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--task", choices=list(TASKS), default="gsm8k")
+    parser.add_argument("--output_dir", default="runs/compare")
+    parser.add_argument("--judges", nargs="+", default=[*LEARNED, *TRAINING_FREE], help="which to compare")
+    parser.add_argument("--seed", type=int, default=21, help="of all problems")
+    parser.add_argument("--num_mined", type=int, default=1500)
+    parser.add_argument("--num_validation", type=int, default=1000)
+    parser.add_argument("--num_test", type=int, default=2000)
+    parser.add_argument("--num_oracle", type=int, default=500, help="of the test problems")
+    parser.add_argument("--num_timed", type=int, default=32, help="problems for each reading of the clock")
+    parser.add_argument("--draft_length", type=int, default=32, help="where the clock doesn't matter")
+    parser.add_argument("--draft_lengths", type=int, nargs="+", default=[8, 12, 16, 24, 32], help="for the clock")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    folder = Path(args.output_dir)
+    model, draft, tokenizer = load_pair()
+
+    mined = mine_mismatches(
+        model,
+        draft,
+        tokenizer,
+        take(args.task, "train", args.seed, args.num_mined),
+        TASKS[args.task][0],
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=BATCH_SIZE,
+        num_assistant_tokens=8,
+        state_position="both",
+        assistant_states=True,
+        logit_features=True,
+        assistant_logit_features=True,
+        output_dir=folder / "mined",
+    )
+    for name in args.judges:
+        if name in LEARNED and not (folder / "trained" / name).exists():
+            train(name, mined, folder / "trained")
+
+    tested = take(args.task, "test", args.seed, args.num_test)
+    validation = take(args.task, "validation", args.seed, args.num_validation)
+    shared = {"task": args.task, "folder": folder, "draft_length": args.draft_length}
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        list(pool.map(partial(calibrate, problems=validation, **shared), args.judges))
+        judges = {name: AutoJudge.from_pretrained(folder / "calibrated" / name) for name in args.judges}
+        points = [
+            (name, t) for name, judge in judges.items() for t in sorted({*judge.config.thresholds.values()}) if t
+        ]
+        passes = pool.map(partial(test, problems=tested, **shared), [("lossless", None), *points])
+        lossless, *rows = tqdm(passes, total=len(points) + 1, desc="final pass", unit="point")
+    results = dict(zip(points, rows))
+    best = kept(
+        folder / "oracle.json", lambda: oracle(args.task, tested[: args.num_oracle], folder, args.draft_length)
+    )
+
+    # The clock: each way at its own best draft length, chosen on validation problems.
+    ways = {("lossless", None): None} | {(name, t): judges[name] for name, t in points}
+    lengths = {
+        f"{name}, {t}": kept(
+            folder / f"length-{name}-{t}.json",
+            partial(tuned_length, args.task, validation[: args.num_timed], judge, t, args.draft_lengths),
+        )
+        for (name, t), judge in ways.items()
+    }
+    speeds = {way: [] for way in ways}
+    for _ in range(args.rounds):
+        for (name, t), judge in ways.items():
+            timed = decode(args.task, tested[: args.num_timed], judge, t, lengths[f"{name}, {t}"], 1)
+            # Problems, not tokens: longer answers are no gain.
+            speeds[name, t].append(timed["tokens_per_second"] / timed["mean_response_length"])
+
+    print(
+        f"\n{len(tested)} test problems, used once; draft length {args.draft_length}; drop and gap with 95 % intervals"
+    )
+    print(f"oracle: {len(best)} of them; clock: problems per second, batch 1, own draft length, 2 threads, fp32\n")
+    print(
+        "| judge | budget | accuracy | drop, points | tokens per cycle | mismatches accepted | of oracle's gain | ",
+        end="",
+    )
+    print("draft length | problems per second, to lossless |\n|---|---|---|---|---|---|---|---|---|")
+    oracle_rate = sum(tokens for tokens, _ in best) / sum(n for _, n in best)
+    print(
+        f"| lossless | | {lossless['accuracy']:.1%} | | {per_cycle(lossless):.2f} | {0:.0%} | 0 % | "
+        f"{lengths['lossless, None']} | 1 |"
+    )
+    curves = {}
+    for name, judge in judges.items():
+        its_rows = [
+            {"threshold": None, **lossless},
+            *({"threshold": t, **results[name, t]} for n, t in points if n == name),
+        ]
+        summary = evaluation_summary(
+            its_rows, dataset=TASKS[args.task][2], split="test", num_assistant_tokens=args.draft_length
+        )
+        curves[name] = summary
+        for row, figures in zip(its_rows[1:], summary[1:]):
+            t = row["threshold"]
+            budget = " and ".join(budget for budget, value in judge.config.thresholds.items() if value == t)
+            share, low, high = gap_interval(lossless, row, best)
+            times = statistics.median(a / b for a, b in zip(speeds[name, t], speeds["lossless", None]))
+            print(
+                f"| {name} | {budget} | {row['accuracy']:.1%} | {100 * figures['drop']:.1f} "
+                f"[{100 * figures['drop_low']:.1f}, {100 * figures['drop_high']:.1f}] | {per_cycle(row):.2f} "
+                f"({per_cycle(row) / per_cycle(lossless):.2f}x) | {row['mismatches_accepted']:.0%} | {share:.0%} "
+                f"[{low:.0%}, {high:.0%}] | {lengths[f'{name}, {t}']} | {times:.2f} |"
+            )
+    first = per_cycle(lossless, len(best))
+    print(f"| oracle | | as the target's | 0 | {oracle_rate:.2f} ({oracle_rate / first:.2f}x) | | 100 % | | |")
+    curves["oracle"] = [
+        curves[args.judges[0]][0],
+        {**curves[args.judges[0]][0], "threshold": 1.0, "tokens_per_cycle": oracle_rate},
+    ]
+    plot_trade_off(curves, folder / "trade_off.png")
+
+
+if __name__ == "__main__":
+    main()
