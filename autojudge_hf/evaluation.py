@@ -75,6 +75,7 @@ def _rows(
     *,
     thresholds: Sequence[float],
     num_assistant_tokens: int | str | None,
+    lossless: dict[str, Any] | None = None,
     **options: Any,
 ) -> Iterator[dict[str, Any]]:
     """The rows of `evaluate_judge`, one after the other."""
@@ -86,10 +87,10 @@ def _rows(
         checked_judge(judge, threshold, model, assistant_model, GenerationConfig(**settings))
     measure = functools.partial(measure_decoding, model, tokenizer, examples, task, **options)
     shared = {"assistant_model": assistant_model, **settings, "return_dict_in_generate": True}
-    lossless = functools.partial(
+    loop = functools.partial(
         judge_decoding, assistant_model=assistant_model, num_assistant_tokens=num_assistant_tokens
     )
-    yield {"threshold": None, **measure("lossless", custom_generate=lossless, **shared)}
+    yield lossless or {"threshold": None, **measure("lossless", custom_generate=loop, **shared)}
     for threshold in thresholds:
         judged = {"judge": judge, "judge_threshold": threshold, "num_assistant_tokens": num_assistant_tokens}
         yield {"threshold": threshold, **measure(f"threshold {threshold:.3g}", **judged, **shared)}
@@ -106,6 +107,7 @@ def calibrate_threshold(
     thresholds: Sequence[float],
     max_drops: Mapping[str, float] = MappingProxyType({"1 point": 0.01, "5 points": 0.05}),
     confidence: float = 0.9,
+    lossless: dict[str, Any] | None = None,
     dataset_name: str,
     split: str = "validation",
     num_assistant_tokens: int | None = None,
@@ -128,6 +130,8 @@ def calibrate_threshold(
         max_drops (`Mapping[str, float]`, *optional*): names and budgets, shares of all examples that may be lost.
             Defaults to `"1 point"` and `"5 points"`.
         confidence (`float`, *optional*, defaults to 0.9): of the drop's one-sided bound (paired bootstrap).
+        lossless (`dict`, *optional*): the first row that an earlier call returned for these examples and this draft
+            length, where several judges are calibrated on them.
         dataset_name, split (`str`): for `evaluation_summary`.
         num_assistant_tokens, max_new_tokens, batch_size: as in `evaluate_judge`.
 
@@ -139,7 +143,7 @@ def calibrate_threshold(
     """
     if not max_drops or not 0.5 <= confidence < 1.0:
         raise ValueError(f"Expected budgets and a confidence from 0.5 to 1, got {dict(max_drops)} and {confidence}.")
-    options = {"thresholds": sorted(thresholds), "num_assistant_tokens": num_assistant_tokens}
+    options = {"thresholds": sorted(thresholds), "num_assistant_tokens": num_assistant_tokens, "lossless": lossless}
     options |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     rows, kept, open_budgets = [], dict.fromkeys(max_drops, 0.0), set(max_drops)
     for row in _rows(model, assistant_model, tokenizer, dataset, task, judge, **options):

@@ -155,8 +155,11 @@ def select_features(dataset: datasets.Dataset, **layout: Any) -> datasets.Datase
     kept = [mined.feature_columns[name] for name in wanted.feature_columns]
     features = dataset.with_format("numpy")["features"][:]
     features = np.concatenate([features[:, at] for at in kept], axis=1)
-    rows = dataset.remove_columns(["features", "pair"]).to_list()
-    return to_dataset([{**row, "features": values} for row, values in zip(rows, features)], pair)
+    columns = {"features": list(features), "pair": [json.dumps(pair, sort_keys=True)] * len(dataset)}
+    fewer = dataset.remove_columns(list(columns))
+    for name, column in columns.items():
+        fewer = fewer.add_column(name, column, feature=dataset.features[name])
+    return fewer
 
 
 def feature_layout(

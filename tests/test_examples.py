@@ -10,16 +10,23 @@ import sys
 import time
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
 from conftest import PAIR, ROOT, SHARED_DATA, read_jsonl
 from datasets import Dataset
+from sklearn.metrics import roc_auc_score
+from test_trainer import PAIR as MADE_UP_PAIR
 from test_trainer import made_up
+
+from autojudge_hf import JudgeConfig
 
 
 sys.path.insert(0, str(PAIR))
 sys.path.insert(0, str(ROOT / "examples"))
 
+from compare_features import auc_samples, weights_of
+from compare_judges import share_of_gap
 from make_problems import SPLITS, problems
 from measure_oracle import cycles
 
@@ -154,6 +161,47 @@ def test_cycles_of_an_oracle():
     assert cycles(10, 111, [], 200) == 1
     assert cycles(0, 12, [4, 5], 8) == 3  # 1-4, 5, 6-11
     assert cycles(0, 12, [0], 8) == 2  # the prefill's own token ends no draft
+
+
+def test_share_of_the_oracles_gain():
+    """Half of the way from 5 to 9 tokens per cycle, whatever the sample: every problem is alike."""
+    lossless = {"num_tokens": [50] * 9, "num_target_forwards": [10] * 9}
+    judged = {"num_tokens": [140] * 9, "num_target_forwards": [20] * 9}
+    assert share_of_gap(lossless, judged, [[90, 10]] * 6) == pytest.approx((0.5, 0.5, 0.5))
+    judged["num_tokens"] = [140, 100] * 4 + [1000]  # the last isn't among the oracle's problems
+    share, low, high = share_of_gap(lossless, judged, [[90, 10]] * 6)
+    assert share == pytest.approx(0.25) and low < 0.25 < high
+
+
+def test_auc_samples_equal_scikit_learns():
+    rng = np.random.default_rng(0)
+    labels, scores, ids = rng.integers(0, 2, 90), rng.normal(size=90), np.repeat(np.arange(30), 3)
+    weights = weights_of(ids, num_samples=20)
+    assert (weights.reshape(20, 30, 3) == weights.reshape(20, 30, 3)[..., :1]).all() and (
+        weights.sum(axis=1) == 90
+    ).all()
+    expected = [roc_auc_score(labels, scores, sample_weight=row) for row in weights]
+    np.testing.assert_allclose(auc_samples(labels, scores, weights), expected)
+
+
+def test_compare_features(tmp_path):
+    """The label depends on the target's state of the candidate: what reads it is better than what doesn't."""
+    rng = np.random.default_rng(0)
+    layout = {"state_position": "both", "hidden_size": 4, "assistant_hidden_size": 3}
+    layout |= {"logit_features": True, "assistant_logit_features": True}
+    config = JudgeConfig(**layout)
+    features = rng.normal(size=(480, config.num_features)).astype(np.float32)
+    labels = (features[:, config.feature_columns["target state, candidate"].start] > 1).astype(int)
+    rows = made_up(pair={**MADE_UP_PAIR, "features": layout}, features=features, label=labels)
+    rows.to_parquet(tmp_path / "mined.parquet")
+    result = run("examples/compare_features.py", "--data", tmp_path / "mined.parquet", "--C_grid", "0.1")
+    assert result.returncode == 0, result.stderr
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines()[2:11]]
+    assert [int(row[2]) for row in cells] == [7, 3, 4, 4, 8, 4, 12, 14, 20]
+    aucs = [float(row[4]) for row in cells]
+    reads_it = [True, False, True, False, True, False, True, True, True]
+    assert all((auc > 0.9) == reads for auc, reads in zip(aucs, reads_it)), aucs
+    assert cells[0][5].startswith("+0.0000") and cells[1][5].startswith("-0.")
 
 
 @pytest.mark.skipif(not GSM8K_DATA.is_dir(), reason="no real GSM8K rows at ../shared/data/gsm8k")

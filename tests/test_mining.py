@@ -365,18 +365,16 @@ def test_assistant_logit_features_equal_those_of_full_passes(random_pair):
 def test_fewer_features_of_the_same_mining(random_pair):
     everything = {"assistant_states": True, "logit_features": True, "assistant_logit_features": True}
     mined = mine_random(random_pair, state_position="both", **everything)
-    for position in ("candidate", "previous", "both"):
-        for assistant in (False, True):
-            for logits in (False, True):
-                options = {"state_position": position, "logit_features": logits}
-                alone = mine_random(random_pair, assistant_states=assistant, **options)
-                layout = {**options, "assistant_logit_features": False}
-                fewer = select_features(mined, **layout, **({} if assistant else {"assistant_hidden_size": None}))
-                assert_same(fewer, alone)
-                assert json.loads(fewer[0]["pair"]) == json.loads(alone[0]["pair"])
-                if position == "candidate":
-                    with pytest.raises(ValueError, match="target state, previous.*compute_features"):
-                        select_features(alone, state_position="both")
+    for position, assistant, logits in (("candidate", False, False), ("previous", True, False), ("both", False, True)):
+        options = {"state_position": position, "logit_features": logits}
+        alone = mine_random(random_pair, assistant_states=assistant, **options)
+        layout = {**options, "assistant_logit_features": False}
+        fewer = select_features(mined, **layout, **({} if assistant else {"assistant_hidden_size": None}))
+        assert_same(fewer, alone)
+        assert json.loads(fewer[0]["pair"]) == json.loads(alone[0]["pair"]) and fewer.features == alone.features
+        if position != "both":
+            with pytest.raises(ValueError, match="target state.*compute_features"):
+                select_features(alone, state_position="both")
 
 
 @pytest.mark.parametrize("assistant_states", [False, True])
