@@ -76,6 +76,7 @@ class JudgeCard:
     def facts(self) -> dict[str, str]:
         """The card's first table."""
         config = self.config
+        named = ", ".join(f"{name}: {threshold:.4g}" for name, threshold in config.thresholds.items())
         return {
             "Judge": f"{config.judge_type}, on {_reads(config)}",
             "Target": model_text(config.base_model_name_or_path, config.base_model_revision),
@@ -83,6 +84,7 @@ class JudgeCard:
             "Mined on": self._mined_on(),
             "Decoding when mined": settings_text(config.decoding_settings),
             "Threshold": f"{config.threshold:.4g}",
+            **({"Thresholds by name": named} if named else {}),
             **{label: str(value) for label, value in config.training.items()},
         }
 

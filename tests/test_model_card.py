@@ -104,6 +104,13 @@ def test_a_card_survives_loading_and_saving(config, tmp_path):
     assert "org/target at abc123" in card and "![Accuracy" in card and 'from_pretrained("judge")' in card
 
 
+def test_thresholds_by_name_are_told(config):
+    assert "by name" not in JudgeCard(config, "judge").render() and "A name from" not in JudgeCard(config, "j").render()
+    config.thresholds = {"1 point": 0.05, "5 points": 0.2}
+    card = JudgeCard(config, "judge").render()
+    assert "| Thresholds by name | 1 point: 0.05, 5 points: 0.2 |" in card and "A name from the first table" in card
+
+
 def test_collections_say_the_subfolder(config):
     card = JudgeCard(config, "user/judges", "gsm8k").render()
     assert 'from_pretrained("user/judges", subfolder="gsm8k")' in card
@@ -111,7 +118,7 @@ def test_collections_say_the_subfolder(config):
 
 
 def test_names_that_no_hub_has_stay_out_of_the_metadata():
-    for judge_type in ("top_k", "margin", "entropy", "kl"):
+    for judge_type in ("top_k", "rule", "margin", "entropy", "kl"):
         card = JudgeCard(JudgeConfig(judge_type=judge_type), "folder").render()
         data = ModelCard(card).data
         assert data.base_model is None and data.datasets is None and data.eval_results is None
@@ -125,7 +132,7 @@ def test_a_config_cannot_write_the_card(config):
     """Names with Markdown, HTML and YAML in them change no line but their own."""
     bad = '# x\n# Click [here](http://evil)\n---\nlicense: mit\n<script>| a | `"b"` {{ 7 * 7 }}'
     config.task = config.dataset = config.base_model_name_or_path = bad
-    config.training = {bad: bad}
+    config.training, config.thresholds = {bad: bad}, {bad: 0.5}
     config.evaluation = [{**row, "dataset": bad, "split": bad} for row in config.evaluation]
     card = ModelCard(JudgeCard(config, bad).render())
     assert card.data.license == "apache-2.0" and card.data.datasets is None and card.data.base_model == ["org/draft"]
