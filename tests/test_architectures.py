@@ -6,8 +6,9 @@ import torch
 from conftest import left_padded, scaled_up, similar_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import autojudge_hf.generation
 from autojudge_hf import AutoJudge, JudgeConfig
-from autojudge_hf.forward import cached_forward, rewindable_cache
+from autojudge_hf.forward import cached_forward, rewind, rewindable_cache
 
 
 SIZES = {
@@ -85,7 +86,8 @@ def worth_testing(family):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_lossless(family):
+def test_lossless(family, monkeypatch):
+    """At three draft lengths, alone and in a ragged batch; and with keys of the wrong tokens the text must change."""
     model, assistant = worth_testing(family)
     top_k = AutoJudge.from_config(JudgeConfig(judge_type="top_k"))
     greedy = {"do_sample": False, "max_new_tokens": NEW_TOKENS}
@@ -104,6 +106,15 @@ def test_lossless(family):
             )
             assert torch.equal(output.sequences, expected)
             assert 0 < output.num_matches.sum() < output.num_candidates.sum()
+
+    def rewind_to_wrong_keys(cache, removed):
+        rewind(cache, removed)
+        for layer in cache.layers if any(removed) else ():
+            layer.keys = layer.keys.roll(1, dims=2)
+
+    monkeypatch.setattr(autojudge_hf.generation, "rewind", rewind_to_wrong_keys)
+    options = {"assistant_model": assistant, "judge": top_k, "judge_threshold": 0.0, "num_assistant_tokens": 5}
+    assert not torch.equal(model.generate(**batch, **greedy, **options), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

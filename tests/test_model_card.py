@@ -105,7 +105,8 @@ def test_a_card_survives_loading_and_saving(config, tmp_path):
 
 
 def test_thresholds_by_name_are_told(config):
-    assert "by name" not in JudgeCard(config, "judge").render() and "A name from" not in JudgeCard(config, "j").render()
+    nameless = JudgeCard(config, "judge").render()
+    assert "by name" not in nameless and "A name from" not in nameless
     config.thresholds = {"1 point": 0.05, "5 points": 0.2}
     card = JudgeCard(config, "judge").render()
     assert "| Thresholds by name | 1 point: 0.05, 5 points: 0.2 |" in card and "A name from the first table" in card
