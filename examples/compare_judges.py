@@ -52,8 +52,8 @@ LEARNED = {
     "mlp": ("mlp", {"state_position": "both", "assistant_hidden_size": None, **LOGITS}),
     "paper": ("linear", {"state_position": "candidate", **STATES}),
 }
-#: A learned judge's thresholds are those that reject these shares of the important mismatches it wasn't fitted on.
-RECALLS = (0.97, 0.93, 0.9, 0.85, 0.8, 0.7)
+#: Thresholds to try. A learned judge's scores are probabilities.
+PROBABILITIES = (0.05, 0.15, 0.3, 0.5, 0.7, 0.9)
 TRAINING_FREE = {
     "margin": (0.5, 0.8, 0.92, 0.97),
     "kl": (0.05, 0.15, 0.3, 0.6),
@@ -88,7 +88,7 @@ def kept(path: Path, make: Callable[[], Any]) -> Any:
 
 
 def train(name: str, mined, folder: Path) -> None:
-    """Chooses C by cross-validation, and saves the judge with the thresholds to try."""
+    """Chooses C by cross-validation, and saves the judge."""
     judge_type, layout = LEARNED[name]
     grid = [0.03, 0.01, 0.003] if judge_type == "mlp" else [1.0, 0.1, 0.01, 0.001]
     arguments = JudgeTrainingArguments(
@@ -101,9 +101,6 @@ def train(name: str, mined, folder: Path) -> None:
     )
     trainer = JudgeTrainer(arguments, select_features(mined, **layout))
     trainer.train()
-    prediction = trainer.predict(trainer.eval_dataset)
-    important = torch.from_numpy(prediction.predictions[prediction.label_ids == 1])
-    trainer.judge.config.thresholds = {f"recall {recall}": important.quantile(1 - recall).item() for recall in RECALLS}
     print(f"{name}: ROC-AUC {trainer.state.best_metric:.4f} across folds, C {trainer.judge.config.training['C']}")
     trainer.save_model()
 
@@ -117,7 +114,7 @@ def calibrate(name: str, lossless: dict, task: str, problems: list[dict], folder
         return
     if name in LEARNED:
         judge = AutoJudge.from_pretrained(folder / "trained" / name)
-        thresholds = [judge.config.thresholds[f"recall {recall}"] for recall in RECALLS]
+        thresholds = PROBABILITIES
     else:
         judge = AutoJudge.from_config(JudgeConfig(judge_type=name))
         if name == "rule":

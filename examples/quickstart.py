@@ -22,8 +22,7 @@ from autojudge_hf import (
     AutoJudge,
     JudgeTrainer,
     JudgeTrainingArguments,
-    evaluate_judge,
-    evaluation_summary,
+    calibrate_threshold,
     judge_decoding,
     mine_mismatches,
 )
@@ -33,19 +32,13 @@ from autojudge_hf.tasks import GSM8K
 
 PAIR = Path(__file__).parent / "tiny_pair"
 MAX_NEW_TOKENS = 320
-THRESHOLDS = (0.02, 0.05, 0.1, 0.2)
+THRESHOLDS = (0.1, 0.2, 0.35, 0.5)
 DATASET = "word problems of the embedded pair"
 
 
 def read(name: str, n: int) -> list[dict]:
     with open(PAIR / f"gsm8k_{name}.jsonl", encoding="utf-8") as file:
         return [json.loads(line) for _, line in zip(range(n), file)]
-
-
-def choose_threshold(rows: list[dict]) -> float:
-    """The highest threshold that costs at most a point of accuracy on validation problems, or 0."""
-    lossless, *judged = rows
-    return max((row["threshold"] for row in judged if row["accuracy"] >= lossless["accuracy"] - 0.01), default=0.0)
 
 
 def main() -> None:
@@ -82,10 +75,7 @@ def main() -> None:
     print(f"   {len(mined)} mismatches, {sum(mined['label']) / len(mined):.1%} of them important")
 
     print("2. Train a judge on the target's hidden states and logits, save it, load it back")
-    # Where few important mismatches may pass, the fit has to care about these as much as about the many others.
-    arguments = JudgeTrainingArguments(
-        output_dir=judge_dir, overwrite_output_dir=True, validation_size=0.2, class_weight="balanced"
-    )
+    arguments = JudgeTrainingArguments(output_dir=judge_dir, overwrite_output_dir=True, validation_size=0.2)
     trainer = JudgeTrainer(arguments, mined)
     trainer.train()
     trainer.save_model()
@@ -93,7 +83,7 @@ def main() -> None:
     print(f"   validation ROC-AUC {trainer.state.best_metric:.3f}; saved to {judge_dir}")
 
     print("3. Choose the threshold on validation problems")
-    rows = evaluate_judge(
+    calibrate_threshold(
         model,
         draft,
         tokenizer,
@@ -101,16 +91,14 @@ def main() -> None:
         task,
         judge,
         thresholds=THRESHOLDS,
+        max_drops={"1 point": 0.01},
+        confidence=0.5,  # so few problems are never sure: what cost a point at most, no more, no less
+        dataset_name=DATASET,
         num_assistant_tokens=args.num_assistant_tokens,
         max_new_tokens=MAX_NEW_TOKENS,
         batch_size=16,
     )
-    judge.config.threshold = trainer.judge.config.threshold = choose_threshold(rows)
-    # For the judge's card: what every threshold gained and cost.
-    trainer.judge.config.evaluation = evaluation_summary(
-        rows, dataset=DATASET, split="validation", num_assistant_tokens=args.num_assistant_tokens
-    )
-    trainer.save_model()
+    judge.save_pretrained(judge_dir)
     print(f"   threshold {judge.config.threshold:.3g}")
 
     print(f"4. Decode {args.num_test} problems that nothing was chosen on, draft length {args.num_assistant_tokens}")
