@@ -52,10 +52,11 @@ LEARNED = {
     "mlp": ("mlp", {"state_position": "both", "assistant_hidden_size": None, **LOGITS}),
     "paper": ("linear", {"state_position": "candidate", **STATES}),
 }
-#: Thresholds to try. A learned judge's scores are probabilities.
-PROBABILITIES = (0.05, 0.15, 0.3, 0.5, 0.7, 0.9)
-TRAINING_FREE = {
-    "margin": (0.5, 0.8, 0.92, 0.97),
+#: Thresholds to try on validation problems, narrowed down there.
+THRESHOLDS = {
+    "mlp": (0.05, 0.08, 0.11, 0.15, 0.2, 0.3),
+    "paper": (0.01, 0.02, 0.03, 0.05, 0.1, 0.15),
+    "margin": (0.5, 0.6, 0.7, 0.8, 0.87, 0.92, 0.95),
     "kl": (0.05, 0.15, 0.3, 0.6),
     "entropy": (0.5, 0.8, 0.92, 0.97),
     # Up to rank 2, 3 and 5; 2, 4 and 10.
@@ -114,14 +115,9 @@ def calibrate(name: str, lossless: dict, task: str, problems: list[dict], folder
         return
     if name in LEARNED:
         judge = AutoJudge.from_pretrained(folder / "trained" / name)
-        thresholds = PROBABILITIES
     else:
-        judge = AutoJudge.from_config(JudgeConfig(judge_type=name))
-        if name == "rule":
-            judge = AutoJudge.from_config(
-                JudgeConfig(judge_type=name, important_token_ids=symbol_token_ids(tokenizer))
-            )
-        thresholds = TRAINING_FREE[name]
+        symbols = symbol_token_ids(tokenizer) if name == "rule" else []
+        judge = AutoJudge.from_config(JudgeConfig(judge_type=name, important_token_ids=symbols))
     calibrate_threshold(
         model,
         draft,
@@ -129,7 +125,7 @@ def calibrate(name: str, lossless: dict, task: str, problems: list[dict], folder
         problems,
         TASKS[task][0],
         judge,
-        thresholds=thresholds,
+        thresholds=THRESHOLDS[name],
         max_drops=MAX_DROPS,
         lossless=lossless,
         dataset_name=TASKS[task][2],
@@ -283,7 +279,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--task", choices=list(TASKS), default="gsm8k")
     parser.add_argument("--output_dir", default="runs/compare")
-    parser.add_argument("--judges", nargs="+", default=[*LEARNED, *TRAINING_FREE], help="which to compare")
+    parser.add_argument("--judges", nargs="+", default=list(THRESHOLDS), help="which to compare")
     parser.add_argument("--seed", type=int, default=21, help="of all problems")
     parser.add_argument("--num_mined", type=int, default=1500)
     parser.add_argument("--num_validation", type=int, default=1000)

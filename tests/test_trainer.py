@@ -2,6 +2,7 @@
 """Training: parity with scikit-learn, honest splits, refusals."""
 
 import json
+import re
 
 import datasets
 import numpy as np
@@ -269,3 +270,18 @@ def test_refusals(tmp_path, caplog):
             JudgeTrainingArguments(output_dir="x", **args)
     trainer(tmp_path, good, made_up(seed=1), overwrite_output_dir=True)
     assert "example ids are in both" in caplog.text
+
+
+def test_large_fit_in_small():
+    """`tests/fit_large.py` at a size that anyone can wait for: the whole grid converges, and the best C is within it."""
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    script = Path(__file__).parent / "fit_large.py"
+    command = [sys.executable, str(script), "--num_rows", "4000", "--width", "96"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    aucs = [float(auc) for auc in re.findall(r"ROC-AUC ([\d.]+)", result.stdout)]
+    assert len(aucs) == 8 and max(aucs) > 0.75 and max(aucs) not in (aucs[0], aucs[-1])
+    assert "4000 rows of 96" in result.stdout
