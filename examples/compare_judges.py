@@ -56,7 +56,7 @@ LEARNED = {
 THRESHOLDS = {
     "mlp": (0.05, 0.08, 0.11, 0.15, 0.2, 0.3),
     "paper": (0.01, 0.02, 0.03, 0.05, 0.1, 0.15),
-    "margin": (0.5, 0.6, 0.7, 0.8, 0.87, 0.92, 0.95),
+    "margin": (0.5, 0.6, 0.7, 0.8, 0.92, 0.95),
     "kl": (0.05, 0.15, 0.3, 0.6),
     "entropy": (0.5, 0.8, 0.92, 0.97),
     # Up to rank 2, 3 and 5; 2, 4 and 10.
@@ -201,8 +201,14 @@ def oracle(task: str, problems: list[dict], folder: Path, draft_length: int) -> 
     return results
 
 
-def per_cycle(row: dict) -> float:
-    return sum(row["num_tokens"]) / sum(row["num_target_forwards"])
+def per_cycle(row: dict, n: int | None = None) -> float:
+    """Tokens per cycle, of the first `n` problems."""
+    return sum(row["num_tokens"][:n]) / sum(row["num_target_forwards"][:n])
+
+
+def oracle_rate(best: list[list[int]]) -> float:
+    tokens, number = map(sum, zip(*best))
+    return tokens / number
 
 
 def share_of_gap(lossless: dict, judged: dict, best: list[list[int]]) -> tuple[float, float, float]:
@@ -237,12 +243,9 @@ def clock(ways: dict, task: str, validation: list[dict], tested: list[dict], fol
 
 
 def report(judges: dict, results: dict, best: list[list[int]], lengths: dict, times: dict, args, folder: Path) -> None:
-    """Prints the table and draws the plot."""
+    """Prints the table, draws the plots (validation's has all thresholds that were tried), and saves the judges."""
     lossless = {"threshold": None, **results["lossless", None]}
-    base, first = (
-        per_cycle(lossless),
-        sum(lossless["num_tokens"][: len(best)]) / sum(lossless["num_target_forwards"][: len(best)]),
-    )
+    base, gain = per_cycle(lossless), oracle_rate(best) / per_cycle(lossless, len(best))
     print(f"\n{len(lossless['correct'])} test problems, used once; draft length {args.draft_length}; 95 % intervals")
     print(f"oracle: {len(best)} of them; clock: problems per second, own draft length, batch 1, 2 threads, fp32\n")
     header = "judge, budget|accuracy|drop, points|tokens per cycle|mismatches accepted|of oracle's gain"
@@ -266,13 +269,17 @@ def report(judges: dict, results: dict, best: list[list[int]], lengths: dict, ti
             cells += [f"{per_cycle(row):.2f} ({per_cycle(row) / base:.2f}x)", f"{row['mismatches_accepted']:.0%}"]
             cells += [f"{share:.0%} [{least:.0%}, {most:.0%}]", lengths[name, t], f"{times[name, t]:.2f}"]
             table.append(cells)
-    rate = sum(tokens for tokens, _ in best) / sum(number for _, number in best)
-    table.append(["oracle", "the target's", "0", f"{rate:.2f} ({rate / first:.2f}x)", "", "100%", "", ""])
+    # At the ratio that was measured on its own problems.
+    table.append(["oracle", "the target's", "0", f"{base * gain:.2f} ({gain:.2f}x)", "", "100%", "", ""])
     print("\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in table))
     start = next(iter(curves.values()))[0]
-    # Accuracy as the target's, at the ratio measured on its own problems.
-    curves["oracle"] = [start, {**start, "threshold": 1.0, "tokens_per_cycle": base * rate / first}]
+    curves["oracle"] = [start, {**start, "threshold": 1.0, "tokens_per_cycle": base * gain}]
     plot_trade_off(curves, folder / "trade_off.png")
+    plot_trade_off({name: judge.config.evaluation for name, judge in judges.items()}, folder / "validation.png")
+    for name, judge in judges.items():
+        # For its card: both curves.
+        judge.config.evaluation += curves[name]
+        judge.save_pretrained(folder / "judges" / name)
 
 
 def main() -> None:
