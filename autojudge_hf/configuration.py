@@ -239,8 +239,8 @@ class JudgeConfig:
         """
         if name not in self.thresholds:
             raise ValueError(
-                f"The judge has no threshold named {name!r:.50}, it has {list(self.thresholds)!s:.200}. Pass one of "
-                "these names or a number in [0, 1]; `calibrate_threshold` measures thresholds and names them."
+                f"`judge_threshold` must be a number in [0, 1] or a name that the judge has for one "
+                f"({list(self.thresholds)!s:.200}), got {name!r:.50}. `calibrate_threshold` measures and names them."
             )
         return self.thresholds[name]
 

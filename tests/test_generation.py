@@ -474,7 +474,7 @@ def test_thresholds_by_name_decode(random_pair, linear_judge):
     for name, value in linear_judge.config.thresholds.items():
         named, number = (model.generate(PROMPT, judge_threshold=t, **options) for t in (name, value))
         assert torch.equal(named, number)
-    with pytest.raises(ValueError, match="no threshold named 'all'.*'nothing', 'half'"):
+    with pytest.raises(ValueError, match="judge_threshold.*'nothing', 'half'.*got 'all'"):
         model.generate(PROMPT, judge_threshold="all", **options)
 
 

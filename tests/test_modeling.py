@@ -164,7 +164,7 @@ def test_mlp_score_by_hand(tmp_path):
 def test_thresholds_by_name():
     config = JudgeConfig(judge_type="top_k", thresholds={"1 point": 0.6, "5 points": 1})
     assert config.threshold_named("5 points") == 1.0
-    with pytest.raises(ValueError, match=r"'2 points'.*'1 point', '5 points'.*calibrate_threshold"):
+    with pytest.raises(ValueError, match=r"'1 point', '5 points'.*'2 points'.*calibrate_threshold"):
         config.threshold_named("2 points")
     for wrong in ({"1 point": 2}, {1: 0.5}, [0.5], {"1 point": "0.5"}):
         with pytest.raises(ValueError, match="thresholds"):
