@@ -38,6 +38,10 @@ ROWS = (
 )
 
 
+#: Shares of the important mismatches that are to be rejected.
+RECALLS = (0.9, 0.7)
+
+
 def weights_of(example_ids: np.ndarray, num_samples: int = 500) -> np.ndarray:
     """How often each mismatch counts if examples are drawn with replacement, one row a sample."""
     examples, example_of_row = np.unique(example_ids, return_inverse=True)
@@ -71,7 +75,9 @@ def main() -> None:
     mined = read_mismatches(args.data)
     if args.max_examples is not None:
         mined = mined.select(np.flatnonzero(np.asarray(mined["example_id"]) < args.max_examples))
-    print("| judge | reads | floats | costs | ROC-AUC | gain over the paper's |\n|---|---|---|---|---|---|")
+    header = ["judge", "reads", "floats", "costs", "ROC-AUC", "gain over the paper's"]
+    header += [f"harmless accepted at recall {recall:.0%}" for recall in RECALLS]
+    print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
     for judge_type in args.judge_types:
         options = {"judge_type": judge_type, "C_grid": args.C_grid, "max_iter": args.max_iter}
         papers = None
@@ -82,11 +88,12 @@ def main() -> None:
             samples = auc_samples(labels, scores, weights_of(np.asarray(trainer.train_dataset["example_id"])))
             papers = samples if papers is None else papers
             gain, (low, high) = np.mean(samples - papers), np.quantile(samples - papers, [0.025, 0.975])
-            print(
-                f"| {judge_type} | {name} | {trainer.judge.config.num_features} | {cost} "
-                f"| {roc_auc(labels, scores):.4f} | {gain:+.4f} [{low:+.4f}, {high:+.4f}] |",
-                flush=True,
-            )
+            cells = [judge_type, name, str(trainer.judge.config.num_features), cost, f"{roc_auc(labels, scores):.4f}"]
+            cells.append(f"{gain:+.4f} [{low:+.4f}, {high:+.4f}]")
+            for recall in RECALLS:
+                threshold = np.quantile(scores[labels == 1], 1 - recall)
+                cells.append(f"{np.mean(scores[labels == 0] < threshold):.0%}")
+            print("| " + " | ".join(cells) + " |", flush=True)
     print(f"\n{len(labels)} mismatches, {labels.mean():.1%} important")
 
 

@@ -294,7 +294,7 @@ def main() -> None:
     parser.add_argument("--num_oracle", type=int, default=300, help="of the test problems")
     parser.add_argument("--num_timed", type=int, default=20, help="problems for each reading of the clock")
     parser.add_argument("--draft_length", type=int, default=32, help="where the clock doesn't matter")
-    parser.add_argument("--draft_lengths", type=int, nargs="+", default=[8, 16, 24, 32], help="for the clock")
+    parser.add_argument("--draft_lengths", type=int, nargs="+", default=[8, 16, 32], help="for the clock")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(2)

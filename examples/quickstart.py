@@ -32,7 +32,7 @@ from autojudge_hf.tasks import GSM8K
 
 PAIR = Path(__file__).parent / "tiny_pair"
 MAX_NEW_TOKENS = 320
-THRESHOLDS = (0.1, 0.2, 0.35, 0.5)
+THRESHOLDS = (0.03, 0.06, 0.1, 0.2)
 DATASET = "word problems of the embedded pair"
 
 
@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--output_dir", default="runs/quickstart", help="the judge goes to its subfolder judge")
     parser.add_argument("--num_mined", type=int, default=120, help="training problems to mine")
-    parser.add_argument("--num_validation", type=int, default=160, help="validation problems for the threshold")
+    parser.add_argument("--num_validation", type=int, default=240, help="validation problems for the threshold")
     parser.add_argument("--num_test", type=int, default=40, help="held-out problems for the table")
     parser.add_argument("--num_assistant_tokens", type=int, default=16, help="draft length")
     args = parser.parse_args()
@@ -91,8 +91,8 @@ def main() -> None:
         task,
         judge,
         thresholds=THRESHOLDS,
-        max_drops={"1 point": 0.01},
-        confidence=0.5,  # so few problems are never sure: what cost a point at most, no more, no less
+        max_drops={"2 points": 0.02},
+        confidence=0.5,  # what cost two points at most here: so few problems are never sure
         dataset_name=DATASET,
         num_assistant_tokens=args.num_assistant_tokens,
         max_new_tokens=MAX_NEW_TOKENS,
