@@ -53,7 +53,8 @@ STRINGS = (
     "dataset",
     "license",
 )
-#: What each row of `JudgeConfig.evaluation` has, with the types of the values; `threshold` None is the lossless row.
+#: What each row of `JudgeConfig.evaluation` has, with the types of the values; `threshold` None is the lossless row,
+#: `speedup` None wasn't timed.
 EVALUATION_COLUMNS: dict[str, tuple[type, ...]] = {
     "dataset": (str,),
     "split": (str,),
@@ -65,7 +66,7 @@ EVALUATION_COLUMNS: dict[str, tuple[type, ...]] = {
     "drop_low": (int, float),
     "drop_high": (int, float),
     "tokens_per_cycle": (int, float),
-    "speedup": (int, float),
+    "speedup": (int, float, NoneType),
     "mean_response_length": (int, float),
 }
 _SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p", "typical_p")

@@ -104,6 +104,12 @@ def test_a_card_survives_loading_and_saving(config, tmp_path):
     assert "org/target at abc123" in card and "![Accuracy" in card and 'from_pretrained("judge")' in card
 
 
+def test_what_was_not_timed_has_no_speed(config):
+    config.evaluation = [{**row, "speedup": None} for row in config.evaluation]
+    card = JudgeCard(config, "judge").render()
+    assert "| threshold 0.05 (its own) | 89.0 % | 1.0 [0.0, 3.0] | 11.50 | - | 100.2 |" in card
+
+
 def test_thresholds_by_name_are_told(config):
     nameless = JudgeCard(config, "judge").render()
     assert "by name" not in nameless and "A name from" not in nameless
