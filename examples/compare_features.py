@@ -64,7 +64,6 @@ def main() -> None:
     parser.add_argument("--max_examples", type=int, help="use fewer")
     parser.add_argument("--judge_types", nargs="+", default=["linear"], help="linear, mlp")
     parser.add_argument("--C_grid", type=float, nargs="+", default=[1.0, 0.1, 0.01, 0.001])
-    parser.add_argument("--num_folds", type=int, default=5)
     parser.add_argument("--max_iter", type=int, default=2000)
     args = parser.parse_args()
 
@@ -84,7 +83,7 @@ def main() -> None:
         for name, layout, cost in ROWS:
             trainer = JudgeTrainer(JudgeTrainingArguments("unused", **options), select_features(mined, **layout))
             labels = np.asarray(trainer.train_dataset["label"])
-            scores = max(trainer.cross_validate(args.num_folds), key=lambda s: roc_auc(labels, s))
+            scores = max(trainer.cross_validate(), key=lambda s: roc_auc(labels, s))
             samples = auc_samples(labels, scores, weights_of(np.asarray(trainer.train_dataset["example_id"])))
             papers = samples if papers is None else papers
             gain, (low, high) = np.mean(samples - papers), np.quantile(samples - papers, [0.025, 0.975])

@@ -12,22 +12,20 @@ told of its share is told of those. Interrupted, the same command goes on where 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache, partial
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measure_judge import MAX_NEW_TOKENS, PAIR, TASKS
-from measure_oracle import cycles, way_of_the_search
+from measure_judge import MAX_NEW_TOKENS, TASKS, load_pair, take
+from measure_oracle import cycles, ways_of_the_search
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autojudge_hf import (
     AutoJudge,
@@ -45,12 +43,13 @@ from autojudge_hf.evaluation import measure_decoding
 from autojudge_hf.plots import plot_trade_off
 
 
-LOGITS = {"logit_features": True, "assistant_logit_features": False}
-STATES = {"logit_features": False, "assistant_logit_features": False}
 #: Name, type and features. The paper's judge reads both models' states of the candidate.
 LEARNED = {
-    "mlp": ("mlp", {"state_position": "both", "assistant_hidden_size": None, **LOGITS}),
-    "paper": ("linear", {"state_position": "candidate", **STATES}),
+    "mlp": ("mlp", {"state_position": "both", "assistant_hidden_size": None, "assistant_logit_features": False}),
+    "paper": (
+        "linear",
+        {"state_position": "candidate", "logit_features": False, "assistant_logit_features": False},
+    ),
 }
 #: Thresholds to try on validation problems, narrowed down there.
 THRESHOLDS = {
@@ -65,17 +64,6 @@ THRESHOLDS = {
 }
 MAX_DROPS = {"1 point": 0.01, "5 points": 0.05}
 BATCH_SIZE = 32
-
-
-@cache
-def load_pair():
-    tokenizer = AutoTokenizer.from_pretrained(PAIR / "target")
-    models = [AutoModelForCausalLM.from_pretrained(PAIR / x, dtype=torch.float32).eval() for x in ("target", "draft")]
-    return *models, tokenizer
-
-
-def take(task: str, split: str, seed: int, n: int) -> list[dict]:
-    return list(itertools.islice(TASKS[task][1](split, seed), n))
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:
@@ -97,7 +85,6 @@ def train(name: str, mined, folder: Path) -> None:
         judge_type=judge_type,
         num_folds=5,
         C_grid=grid,
-        validation_size=0.1,
         max_iter=400,
     )
     trainer = JudgeTrainer(arguments, select_features(mined, **layout))
@@ -183,28 +170,8 @@ def tuned_length(task: str, problems: list[dict], judge, threshold: float | None
 
 def oracle(task: str, problems: list[dict], folder: Path, draft_length: int) -> list[list[int]]:
     """Tokens and cycles of each problem if only important mismatches end a draft."""
-    model, draft, tokenizer = load_pair()
-    its_task = TASKS[task][0]
-    mined = mine_mismatches(
-        model,
-        draft,
-        tokenizer,
-        problems,
-        its_task,
-        max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=BATCH_SIZE,
-        num_assistant_tokens=8,
-        features_dtype=None,
-        output_dir=folder / "oracle",
-    )
-    rows = mined.remove_columns(["features", "pair"]).to_list()
-    found = {i: list(group) for i, group in itertools.groupby(rows, key=lambda row: row["example_id"])}
-    results = []
-    for i, problem in enumerate(tqdm(problems, desc="oracle", unit="problem")):
-        prompt = tokenizer.encode(its_task.prompt(problem, tokenizer), add_special_tokens=False)
-        start, end, important = way_of_the_search(model, tokenizer, prompt, found.get(i, []))
-        results.append([end - start - 1, cycles(start, end, important, draft_length)])
-    return results
+    ways = ways_of_the_search(task, problems, folder / "oracle")
+    return [[end - start - 1, cycles(start, end, important, draft_length)] for start, end, important in ways]
 
 
 def per_cycle(row: dict, n: int | None = None) -> float:
@@ -230,27 +197,27 @@ def share_of_gap(lossless: dict, judged: dict, best: list[list[int]]) -> tuple[f
     return shares[0], *np.quantile(shares[1:], [0.025, 0.975])
 
 
-def clock(ways: dict, task: str, validation: list[dict], tested: list[dict], folder: Path, args) -> tuple[dict, dict]:
+def clock(ways: dict, validation: list[dict], tested: list[dict], args) -> tuple[dict, dict]:
     """Each way's best draft length, and problems (not tokens: longer answers are no gain) per second, to lossless."""
     lengths = {
         (name, t): kept(
-            folder / f"length-{name}-{t}.json",
-            partial(tuned_length, task, validation[: args.num_timed], judge, t, args.draft_lengths),
+            Path(args.output_dir) / f"length-{name}-{t}.json",
+            partial(tuned_length, args.task, validation[: args.num_timed], judge, t, args.draft_lengths),
         )
         for (name, t), judge in ways.items()
     }
     speeds = {way: [] for way in ways}
     for _ in range(args.rounds):
         for way, judge in ways.items():
-            row = decode(task, tested[: args.num_timed], judge, way[1], lengths[way], 1)
+            row = decode(args.task, tested[: args.num_timed], judge, way[1], lengths[way], 1)
             speeds[way].append(row["tokens_per_second"] / row["mean_response_length"])
     lossless = speeds["lossless", None]
     return lengths, {way: statistics.median(a / b for a, b in zip(own, lossless)) for way, own in speeds.items()}
 
 
-def report(judges: dict, results: dict, best: list[list[int]], lengths: dict, times: dict, args, folder: Path) -> None:
+def report(judges: dict, results: dict, best: list[list[int]], lengths: dict, times: dict, args) -> None:
     """Prints the table, draws the plots (validation's has all thresholds that were tried), and saves the judges."""
-    lossless = {"threshold": None, **results["lossless", None]}
+    folder, lossless = Path(args.output_dir), {"threshold": None, **results["lossless", None]}
     base, gain = per_cycle(lossless), oracle_rate(best) / per_cycle(lossless, len(best))
     print(f"\n{len(lossless['correct'])} test problems, used once; draft length {args.draft_length}; 95 % intervals")
     print(f"oracle: {len(best)} of them; clock: problems per second, own draft length, batch 1, 2 threads, fp32\n")
@@ -342,8 +309,8 @@ def main() -> None:
         results = dict(zip(ways, tqdm(passes, total=len(ways), desc="final pass", unit="point")))
     tested_by_oracle = tested[: args.num_oracle]
     best = kept(folder / "oracle.json", lambda: oracle(args.task, tested_by_oracle, folder, args.draft_length))
-    lengths, times = clock(ways, args.task, validation, tested, folder, args)
-    report(judges, results, best, lengths, times, args, folder)
+    lengths, times = clock(ways, validation, tested, args)
+    report(judges, results, best, lengths, times, args)
 
 
 if __name__ == "__main__":

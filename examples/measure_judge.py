@@ -11,6 +11,7 @@ These are kept in the judge's config, and so in its card. `--judge` tests one th
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import sys
 from pathlib import Path
@@ -43,6 +44,18 @@ TASKS = {
 }
 
 
+@functools.cache
+def load_pair() -> tuple:
+    """Target, draft and their tokenizer."""
+    models = (AutoModelForCausalLM.from_pretrained(PAIR / x, dtype=torch.float32).eval() for x in ("target", "draft"))
+    return *models, AutoTokenizer.from_pretrained(PAIR / "target")
+
+
+def take(task: str, split: str, seed: int, n: int) -> list[dict]:
+    """The first `n` problems of a split."""
+    return list(itertools.islice(TASKS[task][1](split, seed), n))
+
+
 def show(row: dict, lossless: dict) -> None:
     name = "lossless" if row["threshold"] is None else f"threshold {row['threshold']:.4f}"
     gain = row["tokens_per_cycle"] / lossless["tokens_per_cycle"]
@@ -66,13 +79,13 @@ def measure(pair, tokenizer, task_name, judge, thresholds, examples, split, titl
     return rows
 
 
-def make_judge(pair, tokenizer, take, args, options):
+def make_judge(pair, tokenizer, args, options):
     """Mines, trains, chooses the threshold on validation problems, and saves."""
     folder = Path(args.output_dir)
     mined = mine_mismatches(
         *pair,
         tokenizer,
-        take("train", args.num_mined),
+        take(args.task, "train", args.seed, args.num_mined),
         TASKS[args.task][0],
         max_new_tokens=MAX_NEW_TOKENS,
         batch_size=32,
@@ -94,7 +107,7 @@ def make_judge(pair, tokenizer, take, args, options):
     important = torch.from_numpy(prediction.predictions[prediction.label_ids == 1])
     thresholds = sorted({important.quantile(1 - recall).item() for recall in args.recalls})
     judge = trainer.judge
-    examples = take("validation", args.num_validation)
+    examples = take(args.task, "validation", args.seed, args.num_validation)
     rows = measure(
         pair, tokenizer, args.task, judge, thresholds, examples, "validation", "validation problems", options
     )
@@ -131,22 +144,15 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(2)
-    tokenizer = AutoTokenizer.from_pretrained(PAIR / "target")
-    pair = [
-        AutoModelForCausalLM.from_pretrained(PAIR / role, dtype=torch.float32).eval() for role in ("target", "draft")
-    ]
-
-    def take(split: str, n: int, seed: int = args.seed) -> list[dict]:
-        return list(itertools.islice(TASKS[args.task][1](split, seed), n))
-
+    *pair, tokenizer = load_pair()
     options = {"num_assistant_tokens": args.num_assistant_tokens, "max_new_tokens": MAX_NEW_TOKENS}
     options["batch_size"] = args.batch_size
     if args.judge is not None:
         judge = AutoJudge.from_pretrained(args.judge)
     else:
-        judge = make_judge(pair, tokenizer, take, args, options)
+        judge = make_judge(pair, tokenizer, args, options)
 
-    tested = take("test", args.num_test, args.seed if args.test_seed is None else args.test_seed)
+    tested = take(args.task, "test", args.seed if args.test_seed is None else args.test_seed, args.num_test)
     thresholds = sorted(min(1.0, factor * judge.config.threshold) for factor in args.factors)
     rows = measure(
         pair, tokenizer, args.task, judge, thresholds, tested, "test", "fresh test problems, used once", options

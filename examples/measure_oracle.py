@@ -15,9 +15,8 @@ import itertools
 from pathlib import Path
 
 import torch
-from measure_judge import MAX_NEW_TOKENS, PAIR, TASKS
+from measure_judge import MAX_NEW_TOKENS, TASKS, load_pair, take
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autojudge_hf import AutoJudge, evaluate_judge, mine_mismatches
 
@@ -46,6 +45,31 @@ def way_of_the_search(model, tokenizer, prompt: list[int], rows: list[dict]) -> 
     return len(prompt), len(tokens), [row["position"] for row in rows if row["label"]]
 
 
+def ways_of_the_search(task: str, problems: list[dict], folder: Path) -> list[tuple[int, int, list[int]]]:
+    """`way_of_the_search` of each problem, all of which are mined into `folder`."""
+    model, draft, tokenizer = load_pair()
+    mined = mine_mismatches(
+        model,
+        draft,
+        tokenizer,
+        problems,
+        TASKS[task][0],
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=32,
+        num_assistant_tokens=8,
+        features_dtype=None,
+        output_dir=folder,
+    )
+    rows = mined.remove_columns(["features", "pair"]).to_list()
+    print(f"{len(problems)} problems, {len(rows)} mismatches, {sum(mined['label']) / max(1, len(rows)):.1%} important")
+    found = {i: list(group) for i, group in itertools.groupby(rows, key=lambda row: row["example_id"])}
+    ways = []
+    for i, problem in enumerate(tqdm(problems, desc="oracle", unit="problem")):
+        prompt = tokenizer.encode(TASKS[task][0].prompt(problem, tokenizer), add_special_tokens=False)
+        ways.append(way_of_the_search(model, tokenizer, prompt, found.get(i, [])))
+    return ways
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--task", choices=list(TASKS), required=True)
@@ -56,37 +80,22 @@ def main() -> None:
     parser.add_argument("--draft_lengths", type=int, nargs="+", default=[16, 32])
     args = parser.parse_args()
     torch.set_num_threads(2)
-    tokenizer = AutoTokenizer.from_pretrained(PAIR / "target")
-    model, draft = (
-        AutoModelForCausalLM.from_pretrained(PAIR / role, dtype=torch.float32).eval() for role in ("target", "draft")
-    )
-    task, stream, _ = TASKS[args.task]
-    problems = list(itertools.islice(stream("test", args.seed), args.num_test))
+    model, draft, tokenizer = load_pair()
+    problems = take(args.task, "test", args.seed, args.num_test)
     judge = AutoJudge.from_pretrained(args.judge)
-    options = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": 32}
-    folder = Path(args.output_dir) / f"{args.task}-{args.seed}-{args.num_test}"
-    mined = mine_mismatches(
-        model, draft, tokenizer, problems, task, num_assistant_tokens=8, output_dir=folder, **options
-    )
-    rows = mined.remove_columns(["features", "pair"]).to_list()
-    found = {i: list(group) for i, group in itertools.groupby(rows, key=lambda row: row["example_id"])}
-    prompts = [tokenizer.encode(task.prompt(problem, tokenizer), add_special_tokens=False) for problem in problems]
-    ways = [
-        way_of_the_search(model, tokenizer, prompt, found.get(i, []))
-        for i, prompt in enumerate(tqdm(prompts, desc="ways"))
-    ]
-    print(f"{len(problems)} test problems, {len(rows)} mismatches, {sum(mined['label']) / len(rows):.1%} important")
+    ways = ways_of_the_search(args.task, problems, Path(args.output_dir) / f"{args.task}-{args.seed}-{args.num_test}")
     for length in args.draft_lengths:
         lossless, judged = evaluate_judge(
             model,
             draft,
             tokenizer,
             problems,
-            task,
+            TASKS[args.task][0],
             judge,
             thresholds=[judge.config.threshold],
             num_assistant_tokens=length,
-            **options,
+            max_new_tokens=MAX_NEW_TOKENS,
+            batch_size=32,
         )
         num_tokens = sum(end - start - 1 for start, end, _ in ways)
         oracle = num_tokens / sum(cycles(*way, length) for way in ways)
