@@ -53,7 +53,7 @@ def fit_judges(
         # An MLP's `alpha` is 1 / C: what the sum of all rows' losses is divided by.
         classifier.set_params(**{"alpha": 1 / c} if args.judge_type == "mlp" else {"C": c})
         classifier.fit(scaled, labels)
-        fits[c] = _folded(scaler, classifier)
+        fits[c] = _folded(args.judge_type, scaler, classifier)
     return [fits[c] for c in C_grid]
 
 
@@ -92,7 +92,7 @@ def _classifier(args: JudgeTrainingArguments) -> Any:
     return LogisticRegression(class_weight=args.class_weight, max_iter=args.max_iter, warm_start=True)
 
 
-def _folded(scaler: StandardScaler, classifier: Any) -> dict[str, torch.Tensor]:
+def _folded(judge_type: str, scaler: StandardScaler, classifier: Any) -> dict[str, torch.Tensor]:
     """The classifier's tensors with the scaler in them, so that none is needed when decoding."""
 
     def first_layer(weight: np.ndarray, bias: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,9 +101,7 @@ def _folded(scaler: StandardScaler, classifier: Any) -> dict[str, torch.Tensor]:
         # From the rounded weights, so that their error is multiplied by distances from the mean only.
         return torch.from_numpy(weight), torch.from_numpy(bias - scaler.mean_ @ weight.astype(np.float64))
 
-    from sklearn.linear_model import LogisticRegression
-
-    if isinstance(classifier, LogisticRegression):
+    if judge_type == "linear":
         weight, bias = first_layer(classifier.coef_.T, classifier.intercept_)
         return {"weight": weight[:, 0], "bias": bias}
     hidden_weight, hidden_bias = first_layer(classifier.coefs_[0], classifier.intercepts_[0])

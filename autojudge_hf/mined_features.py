@@ -78,6 +78,7 @@ def compute_features(
                 f"{now['name']} of width {now['hidden_size']}. Pass the pair that was mined."
             )
         pair[role] = now
+    read = [model, assistant_model] if assistant_states or assistant_logit_features else [model]
     assistant = assistant_model if assistant_states else None
     pair["features"] = feature_layout(state_position, model, assistant, logit_features, assistant_logit_features)
     pair["features_dtype"] = features_dtype
@@ -87,7 +88,7 @@ def compute_features(
     examples = [list(group) for _, group in itertools.groupby(tokens, key=lambda row: row["example_id"])]
     for example in tqdm(examples, desc="features", unit="problem"):
         # Each row's last two positions: the token before the candidate, and the candidate.
-        seen = [_last_two_positions(its_model, example) for its_model in given.values()]
+        seen = [_last_two_positions(its_model, example) for its_model in read]
         states = [torch.stack([row.states for row in passes]) for passes in seen]
         logits = [torch.stack([row.logits for row in passes]).float() / temperature for passes in seen]
         inputs = judge_inputs(

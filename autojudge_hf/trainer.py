@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 REQUIRED_COLUMNS = ("example_id", "label", "features", "pair")
+# With fewer important mismatches than this, a judge is hardly more than these.
+FEW_IMPORTANT = 10
 
 
 @dataclass
@@ -39,10 +41,6 @@ class JudgeTrainerState:
 
     log_history: list[dict[str, Any]] = field(default_factory=list)
     best_metric: float | None = None
-
-
-# With fewer important mismatches than this, a judge is hardly more than these.
-FEW_IMPORTANT = 10
 
 
 class JudgeTrainer:
