@@ -141,6 +141,8 @@ def calibrate_threshold(
     Raises:
         ValueError: before any decoding, as `evaluate_judge`.
     """
+    if not thresholds:
+        raise ValueError("Expected at least one of `thresholds` to try, got none.")
     if not max_drops or not 0.5 <= confidence < 1.0:
         raise ValueError(f"Expected budgets and a confidence from 0.5 to 1, got {dict(max_drops)} and {confidence}.")
     options = {"thresholds": sorted(thresholds), "num_assistant_tokens": num_assistant_tokens, "lossless": lossless}

@@ -137,6 +137,8 @@ def test_threshold_is_the_last_before_the_first_that_costs_too_much(monkeypatch,
     assert "isn't sure to keep to ['cheap']" in caplog.text
     with pytest.raises(ValueError, match="confidence"):
         calibrated(monkeypatch, top_k, [right, right], confidence=0.1)
+    with pytest.raises(ValueError, match="at least one of `thresholds`"):
+        calibrated(monkeypatch, top_k, [right])
 
 
 def test_the_budget_is_kept_as_often_as_promised(monkeypatch, top_k):
