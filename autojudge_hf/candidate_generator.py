@@ -10,7 +10,8 @@ import torch
 from transformers.generation import CandidateGenerator
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
-from .forward import cached_forward, of_vocabulary, rewind, rewindable_cache, shrink, vocab_size
+from .caches import FixedCache, num_cached, rewind, rewindable_cache, shrink
+from .forward import cached_forward, of_vocabulary, vocab_size
 
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ class JudgeCandidateGenerator(CandidateGenerator):
         target_model (`PreTrainedModel`): whose vocabulary the candidates keep to.
         num_assistant_tokens (`int`): candidates per cycle.
         do_sample (`bool`): whether to draw the candidates rather than take the best.
-        eos_token_ids (`set[int]`): the target's. A draft ends when every row has one.
+        eos_token_ids (`set[int]`): the target's. A draft ends when every row has one, unless the cache is a
+            [`FixedCache`]: there the next candidate is to be under way before this one is known on the host.
         output_states (`bool`, *optional*, defaults to `False`): whether to keep the assistant's hidden states; the
             state of the last candidate costs one more pass per cycle.
         output_logits (`bool`, *optional*, defaults to `False`): whether to return the logits of a greedy draft, too.
@@ -61,7 +63,7 @@ class JudgeCandidateGenerator(CandidateGenerator):
         self.states: torch.Tensor | None = None
         #: How many candidates of each row are real; `None`: all of them.
         self.lengths: list[int] | None = None
-        self._length = self.cache.get_seq_length()
+        self._length = num_cached(self.cache)
 
     def get_candidates(
         self,
@@ -86,7 +88,7 @@ class JudgeCandidateGenerator(CandidateGenerator):
         self._length = input_ids.shape[1]
         limit = self.num_assistant_tokens if max_candidates is None else max_candidates
         candidate_ids, logits, states = input_ids[:, :0], [], []
-        tokens = input_ids[:, self.cache.get_seq_length() :]
+        tokens = input_ids[:, num_cached(self.cache) :]
         unfinished = set(range(len(input_ids)))
         for _ in range(min(self.num_assistant_tokens, limit)):
             outputs = self._forward(tokens, attention_mask)
@@ -103,6 +105,8 @@ class JudgeCandidateGenerator(CandidateGenerator):
             if self.output_states:
                 states.append(outputs.states[:, -1:])
             candidate_ids = torch.cat([candidate_ids, tokens], dim=1)
+            if isinstance(self.cache, FixedCache):
+                continue
             unfinished -= {j for j, token in enumerate(tokens[:, 0].tolist()) if token in self.eos_token_ids}
             if not unfinished:
                 break
@@ -114,7 +118,7 @@ class JudgeCandidateGenerator(CandidateGenerator):
 
     def rewind(self, num_committed: Sequence[int]) -> None:
         """Forgets the candidates that weren't committed: row i went on by `num_committed[i]` tokens."""
-        cached = self.cache.get_seq_length()
+        cached = num_cached(self.cache)
         if cached:
             # All rows leave the same number of committed tokens to the next draft: the newest, and one more where a
             # row's last candidate, which never ran through the assistant, was accepted.
@@ -123,14 +127,14 @@ class JudgeCandidateGenerator(CandidateGenerator):
 
     def shrink(self, rows: Sequence[int], unneeded: int) -> None:
         """Keeps some rows of the batch, and drops the first `unneeded` columns."""
-        shrink(self.cache, rows, self.cache.get_seq_length() - unneeded)
+        shrink(self.cache, rows, num_cached(self.cache) - unneeded)
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
         """Nothing to learn: the loop passes each cycle's draft length to `get_candidates`."""
 
     def _forward(self, tokens: torch.LongTensor, mask: torch.Tensor | None):
         if mask is not None:
-            new = self.cache.get_seq_length() + tokens.shape[1] - mask.shape[1]
+            new = num_cached(self.cache) + tokens.shape[1] - mask.shape[1]
             mask = torch.nn.functional.pad(mask, (0, new), value=1)
         if self.vocab_size < self.target_vocab_size:
             # The assistant lacks some of the target's tokens; any other will do: only the draft gets worse.

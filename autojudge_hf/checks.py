@@ -7,11 +7,12 @@ import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, StaticCache
 
+from .caches import CACHE_NAME, other_layers
 from .configuration import checked_threshold, decoding_settings, public_name
 from .draft_length import ADAPTIVE, DEFAULT_DRAFT_LENGTH, AdaptiveDraftLength, FixedDraftLength
-from .forward import CACHE_NAME, hidden_size, other_layers, vocab_size
+from .forward import hidden_size, vocab_size
 from .modeling import Judge
 
 
@@ -161,6 +162,8 @@ def check_supported(
     is_padded_behind = mask is not None and not mask[:, -1].all()
     is_padded_behind |= mask is not None and len(mask) > 1 and bool((mask[:, 1:] < mask[:, :-1]).any())
     layers = other_layers(cache) if type(cache) is DynamicCache else []
+    # `generate` has made an empty one of its own, in whose place comes ours.
+    is_static = generation_config.cache_implementation == "static" and type(cache) is StaticCache
     known = {CACHE_NAME, "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
     known |= {"output_hidden_states", "output_attentions"}  # also in the config, which is what counts
     other = sorted(k for k, v in model_kwargs.items() if v is not None and k not in known)
@@ -186,10 +189,11 @@ def check_supported(
         "`guidance_scale`": config.guidance_scale not in (None, 1),
         "watermarks": config.watermarking_config is not None,
         "`use_cache=False`": cache is None,
-        f"the cache {type(cache).__name__}": cache is not None and type(cache) is not DynamicCache,
+        f"the cache {type(cache).__name__}": not is_static and cache is not None and type(cache) is not DynamicCache,
         f"the cache's {', '.join(layers)}": bool(layers),
         "offloaded caches": bool(getattr(cache, "offloading", False)),
         "`output_attentions`": bool(config.output_attentions),
+        "`cache_implementation='static'` with `assistant_early_exit`": is_static and bool(config.assistant_early_exit),
         f"two drafters at once ({', '.join(given)})": len(given) > 1,
         "`use_mtp`": bool(getattr(config, "use_mtp", None)),
         "`speculation_type`": getattr(config, "speculation_type", None) is not None,

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
+
+import torch
 
 
 ADAPTIVE = "adaptive"
@@ -19,6 +23,12 @@ class FixedDraftLength:
 
     def __init__(self, value: int):
         self.value = self.longest = value
+        #: How many tokens a verification of fixed shape has.
+        self.widths = [value + 1]
+
+    def now(self, device: torch.device) -> float:
+        """Nobody asks: what a cycle costs doesn't matter."""
+        return 0.0
 
     def update(self, lengths: Sequence[int], accepted: Sequence[int], draft: float, verify: float) -> None:
         """Nothing to learn."""
@@ -49,9 +59,17 @@ class AdaptiveDraftLength:
     def __init__(self, value: int, longest: int = 32):
         self.value = min(value, longest)
         self.longest = longest
+        #: Each is compiled for itself, so that these are few.
+        self.widths = [1 + min(longest, 2**i) for i in range(math.ceil(math.log2(longest)) + 1)]
         # As if a first cycle had seen four accepted candidates and a rejected one.
         self._accepted, self._rejected = 4.0, 1.0
         self._draft, self._drafted, self._verify, self._cycles = 0.0, 0.0, 0.0, 0.0
+
+    def now(self, device: torch.device) -> float:
+        """Seconds, once the device has done what it was told to."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
 
     def update(self, lengths: Sequence[int], accepted: Sequence[int], draft: float, verify: float) -> None:
         """Learns from a cycle, and sets `value` for the next.

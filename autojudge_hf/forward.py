@@ -8,93 +8,22 @@ import copy
 import functools
 import inspect
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.generation import GenerateDecoderOnlyOutput
+
+from .caches import CACHE_NAME, FixedCache
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-# What `generate` calls a cache: `past_key_values` until transformers 5.23.
-CACHE_NAME = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
+    from transformers.cache_utils import Cache
 
 
 @functools.lru_cache
 def _forward_parameters(model_class: type) -> frozenset[str]:
     return frozenset(inspect.signature(model_class.forward).parameters)
-
-
-def rewindable_cache(model: PreTrainedModel) -> DynamicCache:
-    """An empty cache from which any number of tokens can be taken back.
-
-    Layers that would forget what leaves a sliding window keep everything; the model's own mask applies the window.
-
-    Raises:
-        ValueError: for a model with layers that can't take tokens back (convolutions, recurrences).
-    """
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in cache.layers]
-    if other := other_layers(cache):
-        raise ValueError(
-            f"{type(model).__name__} can't take tokens back: expected attention layers only, its cache has {other}."
-        )
-    return cache
-
-
-def other_layers(cache: Cache) -> list[str]:
-    """Kinds of the cache's layers that aren't attention's, whose rows can't take different numbers of tokens back."""
-    attention = (DynamicLayer, DynamicSlidingWindowLayer)
-    return sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in attention})
-
-
-def rewind(cache: Cache, removed: Sequence[int]) -> None:
-    """Takes the last `removed[i]` tokens of row i back; the rows stay aligned at their ends.
-
-    A row that loses more than another moves right, and what wraps round to its front is for the mask to hide.
-    """
-    least = min(removed)
-    if max(removed) > least:
-
-        @functools.cache  # mostly one for all layers
-        def sources(heads: int, n: int, device: torch.device) -> torch.Tensor:
-            shifts = torch.tensor(removed, device=device) - least
-            positions = (torch.arange(n, device=device) - shifts[:, None]) % n
-            first = n * torch.arange(len(removed) * heads, device=device).view(-1, heads, 1)
-            return (first + positions[:, None]).flatten()
-
-        def moved(x: torch.Tensor) -> torch.Tensor:
-            # Whole vectors are copied, which on a CPU is eight times as fast as `take_along_dim`.
-            _, heads, n, d = x.shape
-            return x.reshape(-1, d).index_select(0, sources(heads, n, x.device)).view_as(x)
-
-        for layer in cache.layers:
-            layer.keys, layer.values = moved(layer.keys), moved(layer.values)
-    cache.crop(-least)
-
-
-def as_normal_tensors(cache: Cache) -> None:
-    """Makes what was computed in inference mode usable anywhere: others may go on with the cache."""
-    for layer in cache.layers:
-        if layer.get_seq_length() > 0:
-            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
-
-
-def shrink(cache: Cache, rows: Sequence[int], num_columns: int) -> None:
-    """Keeps some rows of the batch, and of their positions the last `num_columns`, or none where that is negative."""
-    num_columns = max(0, num_columns)
-    for layer in cache.layers:
-        if layer.get_seq_length() > 0:
-            if len(rows) < layer.keys.shape[0]:
-                layer.batch_select_indices(torch.tensor(rows, device=layer.keys.device))
-            first = max(0, layer.keys.shape[2] - num_columns)
-            layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
-            if isinstance(layer, DynamicSlidingWindowLayer):
-                layer.cumulative_length = num_columns
 
 
 class Pass(NamedTuple):
@@ -127,7 +56,6 @@ def _head_inputs(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
         hook.remove()
 
 
-@torch.inference_mode()
 def cached_forward(
     model: PreTrainedModel,
     tokens: torch.Tensor,
@@ -148,22 +76,72 @@ def cached_forward(
         output_hidden_states (`bool`): whether to return those of all layers.
 
     Returns:
-        [`Pass`] of inference tensors (on small models that is a tenth faster than `no_grad`).
+        [`Pass`]; behind a [`FixedCache`] of tensors of its own, else of inference tensors (on small models that is a
+        tenth faster than `no_grad`).
     """
+    if isinstance(cache, FixedCache):
+        return _fixed_forward(model, tokens, cache, attention_mask, num_logits, output_states, output_hidden_states)
+    with torch.inference_mode(), _head_inputs(model) if output_states else contextlib.nullcontext([None]) as seen:
+        inputs = _model_inputs(model, tokens.to(model.device), cache, num_logits)
+        if attention_mask is not None:
+            inputs["attention_mask"] = attention_mask.to(model.device)
+            inputs |= _position_ids(model, inputs["attention_mask"], slice(-tokens.shape[1], None))
+        outputs = model(**inputs, output_hidden_states=output_hidden_states, return_dict=True)
+    return Pass(outputs.logits, seen[0], outputs.hidden_states)
+
+
+@torch.no_grad()
+def _fixed_forward(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    cache: FixedCache,
+    attention_mask: torch.Tensor | None,
+    num_logits: int,
+    output_states: bool,
+    output_hidden_states: bool,
+) -> Pass:
+    """`cached_forward` in one of the shapes that the cache knows, filled up behind rows and tokens.
+
+    A prefill has the shape that it has, and is never compiled. Filling is masked, and what it leaves
+    in the cache is overwritten: the next pass begins right behind the tokens.
+    """
+    rows, n = tokens.shape
+    is_prefill = cache.length == 0 or n > max(cache.widths)
+    width = n if is_prefill else min(width for width in cache.widths if width >= n)
+    mask = cache.begin(rows, n, attention_mask)
+    filled = mask.new_zeros(cache.num_rows, width)
+    filled[:rows, :n] = tokens
+    inputs = _model_inputs(model, filled, cache, num_logits if is_prefill else width)
+    # Copies, since views are told apart by their strides and offsets, and compiled anew.
+    positions = _position_ids(model, mask, slice(cache.length, cache.length + width))
+    inputs |= {"attention_mask": mask, **{name: ids.clone() for name, ids in positions.items()}}
+    # Hooks would be compiled in. These states are the same ones, and cost only memory.
+    layers = output_states or output_hidden_states
+    outputs = (model if is_prefill else cache.forward)(**inputs, output_hidden_states=layers, return_dict=True)
+    cache.length += n
+
+    def own(x: torch.Tensor) -> torch.Tensor:
+        # The next replay of a captured graph overwrites what this one returns.
+        return x[:rows, : x.shape[1] - (width - n)].clone()
+
+    states = own(outputs.hidden_states[-1]) if output_states else None
+    hidden_states = tuple(map(own, outputs.hidden_states)) if output_hidden_states else None
+    return Pass(own(outputs.logits), states, hidden_states)
+
+
+def _model_inputs(model: PreTrainedModel, tokens: torch.Tensor, cache: Cache, num_logits: int) -> dict[str, Any]:
     accepted = _forward_parameters(type(model))
     # A model whose code comes from the Hub may go by the old name for longer.
     cache_name = "past_key_values" if "past_key_values" in accepted else CACHE_NAME
-    inputs: dict[str, Any] = {"input_ids": tokens.to(model.device), cache_name: cache, "use_cache": True}
-    if attention_mask is not None:
-        inputs["attention_mask"] = attention_mask.to(model.device)
-        if "position_ids" in accepted:
-            positions = (inputs["attention_mask"].long().cumsum(dim=-1) - 1).clamp(min=0)
-            inputs["position_ids"] = positions[:, -tokens.shape[1] :]
-    if "logits_to_keep" in accepted:
-        inputs["logits_to_keep"] = num_logits
-    with _head_inputs(model) if output_states else contextlib.nullcontext([None]) as seen:
-        outputs = model(**inputs, output_hidden_states=output_hidden_states, return_dict=True)
-    return Pass(outputs.logits, seen[0], outputs.hidden_states)
+    inputs = {"input_ids": tokens, cache_name: cache, "use_cache": True}
+    return inputs | ({"logits_to_keep": num_logits} if "logits_to_keep" in accepted else {})
+
+
+def _position_ids(model: PreTrainedModel, mask: torch.Tensor, columns: slice) -> dict[str, torch.Tensor]:
+    """Filling doesn't count."""
+    if "position_ids" not in _forward_parameters(type(model)):
+        return {}
+    return {"position_ids": (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, columns]}
 
 
 def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:

@@ -5,17 +5,27 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from .caches import (
+    CACHE_NAME,
+    FixedCache,
+    as_normal_tensors,
+    give_fixed_cache_back,
+    num_cached,
+    rewind,
+    rewindable_cache,
+    shrink,
+    take_fixed_cache,
+)
 from .candidate_generator import JudgeCandidateGenerator, PromptLookup
 from .checks import check_supported, checked_draft_length, checked_judge, warn_once
 from .features import judge_inputs
-from .forward import CACHE_NAME, as_normal_tensors, cached_forward, first_layers, max_positions, rewind, shrink
+from .forward import cached_forward, first_layers, max_positions
 from .rows import RowProcessors, Rows, StopRule
 from .verification import harmless, verify_greedy, verify_sampled
 
@@ -115,8 +125,6 @@ def judge_decoding(
         assistant_model = first_layers(model, generation_config.assistant_early_exit)
     threshold = checked_judge(judge, judge_threshold, model, assistant_model, generation_config)
 
-    cache = model_kwargs[CACHE_NAME]
-    cache.activate_past_recording()
     judges = judge is not None and threshold > 0.0
     reads_target = judges and judge.reads_states and judge.config.hidden_size is not None
     reads_assistant = judges and judge.reads_states and judge.config.assistant_hidden_size is not None
@@ -124,6 +132,18 @@ def judge_decoding(
     rows = Rows(input_ids, model_kwargs.get("attention_mask"))
     stop = StopRule(stopping_criteria, input_ids)
     processors = RowProcessors(logits_processor, len(input_ids))
+    limits = [max_positions(m) for m in (model, assistant_model) if m is not None]
+    max_length = min((limit for limit in limits if limit), default=math.inf)
+    cache, assistant_cache = model_kwargs[CACHE_NAME], None
+    if generation_config.cache_implementation == "static":
+        longest = min(max_length, input_ids.shape[1] + max(stop.max_new_tokens))
+        fixed = functools.partial(take_fixed_cache, len(input_ids), longest, generation_config)
+        cache = fixed(model, draft_length.widths) or rewindable_cache(model)
+        if assistant_model is not None:
+            # The newest token, and one more where the last candidate was accepted.
+            assistant_cache = fixed(assistant_model, [1, 2])
+    else:
+        cache.activate_past_recording()
     drafter = candidate_generator
     if drafter is None and assistant_model is None:
         drafter = PromptLookup(model, generation_config, processors.processors)
@@ -136,15 +156,16 @@ def judge_decoding(
             eos_token_ids=stop.eos_token_ids,
             output_states=reads_assistant,
             output_logits=judges and judge.reads_assistant_logits,
+            cache=assistant_cache,
         )
-    limits = [max_positions(m) for m in (model, assistant_model) if m is not None]
-    max_length = min((limit for limit in limits if limit), default=math.inf)
     kept = _Kept(generation_config, len(input_ids))
     counts = [[0] * len(COUNTS) for _ in range(len(input_ids))]
+    eos_token_ids = input_ids.new_tensor(sorted(stop.eos_token_ids))
+    all_finite = torch.ones((), dtype=torch.bool, device=input_ids.device)
 
     prefill = True
     while rows.active:
-        started = time.perf_counter()
+        started = draft_length.now(model.device)
         # The first cycle is the prefill: no candidates, the target's first token.
         sequence, assistant_logits, room = rows.input_ids, None, [0] * len(rows.active)
         if not prefill:
@@ -153,17 +174,17 @@ def judge_decoding(
             longest_draft = min(draft_length.value, max(room), max(0, max_length - max(rows.lengths)))
             process = functools.partial(processors, rows)
             sequence, assistant_logits = drafter.get_candidates(sequence, rows.attention_mask, longest_draft, process)
-        drafted = time.perf_counter()
+        drafted = draft_length.now(model.device)
         candidate_ids = sequence[:, rows.input_ids.shape[1] :]
         k = candidate_ids.shape[1]
-        lengths = _draft_lengths(candidate_ids, room, stop.eos_token_ids, drafter.lengths)
+        num_candidates = _num_candidates(candidate_ids, room, eos_token_ids, drafter.lengths)
 
         attention_mask = rows.attention_mask
         if attention_mask is not None:
             attention_mask = torch.nn.functional.pad(attention_mask, (0, k), value=1)
         outputs = cached_forward(
             model,
-            sequence[:, cache.get_seq_length() :],
+            sequence[:, num_cached(cache) :],
             cache,
             attention_mask,
             num_logits=k + 1,
@@ -187,25 +208,24 @@ def judge_decoding(
             )
             is_harmless = harmless(judge(inputs), threshold)
             # Logit features of a candidate that processors forbid are infinite, and no cause for alarm.
-            if not torch.isfinite(inputs.features[..., :num_state_features]).all():
-                warn_once("Hidden states with NaN or infinity: the judge rejects the candidates they belong to.")
-        num_candidates = torch.tensor(lengths, device=candidate_ids.device)
+            all_finite &= torch.isfinite(inputs.features[..., :num_state_features]).all()
         if generation_config.do_sample:
             verification = verify_sampled(candidate_ids, processed, assistant_logits, is_harmless, num_candidates)
         else:
             verification = verify_greedy(candidate_ids, processed, is_harmless, num_candidates)
 
-        blocks, finished = [], []
-        matched, judged = verification.matched.tolist(), verification.judged.tolist()
-        for j, block in enumerate(verification.committed(candidate_ids)):
+        blocks, finished, accepted = [], [], []
+        outcomes = verification.on_host(candidate_ids, num_candidates)
+        for j, (block, matched, judged, n) in enumerate(outcomes):
             num_kept, done = stop(rows, j, block)
             blocks.append(block[:num_kept])
             finished.append(done)
+            accepted.append(sum(matched) + sum(judged))
             row = rows.active[j]
             kept.add(row, num_kept, processed[j], logits[j], outputs.hidden_states, j)
             if not prefill:
-                rejected = int(len(block) <= lengths[j] and num_kept == len(block))
-                cycle = (1, lengths[j], sum(matched[j][:num_kept]), sum(judged[j][:num_kept]), rejected)
+                rejected = int(len(block) <= n and num_kept == len(block))
+                cycle = (1, n, sum(matched[:num_kept]), sum(judged[:num_kept]), rejected)
                 counts[row] = [total + n for total, n in zip(counts[row], cycle)]
         if streamer is not None:
             streamer.put(torch.tensor(blocks))
@@ -213,19 +233,24 @@ def judge_decoding(
         rewind(cache, [k + 1 - len(block) for block in blocks])
         drafter.rewind([len(block) for block in blocks])
         columns = rows.input_ids.shape[1] + max(map(len, blocks))
-        accepted = [sum(matched[j]) + sum(judged[j]) for j in range(len(blocks))]
-        draft_length.update(lengths, accepted, drafted - started, time.perf_counter() - drafted)
+        lengths = [outcome.num_candidates for outcome in outcomes]
+        draft_length.update(lengths, accepted, drafted - started, draft_length.now(model.device) - drafted)
         rows.commit(blocks, finished)
         if rows.active and len(input_ids) > 1:
             unfinished = [j for j, done in enumerate(finished) if not done]
             unneeded = columns - rows.input_ids.shape[1]
-            shrink(cache, unfinished, cache.get_seq_length() - unneeded)
+            shrink(cache, unfinished, num_cached(cache) - unneeded)
             drafter.shrink(unfinished, unneeded)
         prefill = False
 
     if streamer is not None:
         streamer.end()
-    if len(input_ids) == 1:
+    if not all_finite:
+        warn_once("Hidden states with NaN or infinity: the judge rejects the candidates they belong to.")
+    for part, used in ((model, cache), (assistant_model, assistant_cache)):
+        if isinstance(used, FixedCache):
+            give_fixed_cache_back(part, used)
+    if len(input_ids) == 1 and not isinstance(cache, FixedCache):
         as_normal_tensors(cache)
     pad_token_id = getattr(generation_config, "_pad_token_tensor", None)
     sequences = rows.sequences(0 if pad_token_id is None else int(pad_token_id))
@@ -237,15 +262,14 @@ def judge_decoding(
     return JudgeDecoderOnlyOutput(sequences, **kept.output(), **reusable, **totals)
 
 
-def _draft_lengths(
-    candidate_ids: torch.LongTensor, room: list[int], eos_token_ids: set[int], drafted: list[int] | None
-) -> list[int]:
+def _num_candidates(
+    candidate_ids: torch.LongTensor, room: list[int], eos_token_ids: torch.LongTensor, drafted: list[int] | None
+) -> torch.LongTensor:
     """How many of each row's candidates count: up to its room, its first EOS token, and what was drafted for it."""
-    lengths = []
-    for j, (candidates, limit) in enumerate(zip(candidate_ids.tolist(), room)):
-        ends = (i for i, token in enumerate(candidates, start=1) if token in eos_token_ids)
-        lengths.append(min(next(ends, len(candidates)), limit, drafted[j] if drafted else limit))
-    return lengths
+    limits = candidate_ids.new_tensor([room, drafted or room]).amin(dim=0)
+    ends = torch.isin(candidate_ids, eos_token_ids)
+    # Those with no end before them.
+    return torch.minimum(limits, (ends.cumsum(dim=1) == ends).sum(dim=1))
 
 
 class _Kept:

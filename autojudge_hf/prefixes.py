@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.cache_utils import Cache
 
-from .forward import Pass, cached_forward, rewindable_cache, vocab_size
+from .caches import rewindable_cache
+from .forward import Pass, cached_forward, vocab_size
 
 
 if TYPE_CHECKING:

@@ -21,9 +21,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from .caches import CACHE_NAME
 from .candidate_generator import FormerResponses
 from .features import judge_inputs
-from .forward import CACHE_NAME, eos_token_ids, of_vocabulary, vocab_size
+from .forward import eos_token_ids, of_vocabulary, vocab_size
 from .generation import judge_decoding
 from .mined_examples import MinedExample
 from .prefixes import Prefixes

@@ -13,6 +13,21 @@ from typing import NamedTuple
 import torch
 
 
+class RowOutcome(NamedTuple):
+    """A row's cycle, on the host.
+
+    Attributes:
+        block (`list[int]`): accepted candidates, then the target's own token.
+        matched, judged (`list[int]`): for each candidate 1 where it was accepted for this reason.
+        num_candidates (`int`): how many candidates there were.
+    """
+
+    block: list[int]
+    matched: list[int]
+    judged: list[int]
+    num_candidates: int
+
+
 class Verification(NamedTuple):
     """Outcome of one verification cycle.
 
@@ -27,11 +42,15 @@ class Verification(NamedTuple):
     judged: torch.Tensor
     next_token: torch.Tensor
 
-    def committed(self, candidate_ids: torch.LongTensor) -> list[list[int]]:
-        """The tokens of each row's block: accepted candidates, then the target's own."""
-        counts = (self.matched | self.judged).sum(dim=1).tolist()
-        rows = zip(candidate_ids.tolist(), counts, self.next_token.tolist())
-        return [[*candidates[:n], own] for candidates, n, own in rows]
+    def on_host(self, candidate_ids: torch.LongTensor, lengths: torch.LongTensor) -> list[RowOutcome]:
+        """What each row comes to, by one copy from the device; `lengths` as in `verify_greedy`."""
+        k = candidate_ids.shape[1]
+        columns = (self.next_token[:, None], lengths[:, None], candidate_ids, self.matched, self.judged)
+        outcomes = []
+        for own, n, *rest in torch.cat(columns, dim=1).tolist():
+            candidates, matched, judged = rest[:k], rest[k : 2 * k], rest[2 * k :]
+            outcomes.append(RowOutcome([*candidates[: sum(matched) + sum(judged)], own], matched, judged, n))
+        return outcomes
 
 
 def harmless(score_logits: torch.Tensor, threshold: float) -> torch.Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -76,6 +76,26 @@ def kept(path: Path, make: Callable[[], Any]) -> Any:
     return json.loads(path.read_text())
 
 
+def mine(task: str, seed: int, n: int, folder: Path):
+    """Mismatches of `n` training problems, with all that any judge here reads."""
+    model, draft, tokenizer = load_pair()
+    return mine_mismatches(
+        model,
+        draft,
+        tokenizer,
+        take(task, "train", seed, n),
+        TASKS[task][0],
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=BATCH_SIZE,
+        num_assistant_tokens=8,
+        state_position="both",
+        assistant_states=True,
+        logit_features=True,
+        assistant_logit_features=True,
+        output_dir=folder,
+    )
+
+
 def train(name: str, mined, folder: Path) -> None:
     """Chooses C by cross-validation, and saves the judge."""
     judge_type, layout = LEARNED[name]
@@ -93,7 +113,16 @@ def train(name: str, mined, folder: Path) -> None:
     trainer.save_model()
 
 
-def calibrate(name: str, lossless: dict, task: str, problems: list[dict], folder: Path, draft_length: int) -> None:
+def calibrate(
+    name: str,
+    lossless: dict,
+    task: str,
+    problems: list[dict],
+    folder: Path,
+    draft_length: int,
+    thresholds: Sequence[float] | None = None,
+    max_drops: Mapping[str, float] = MAX_DROPS,
+) -> None:
     """Runs in a process of its own: chooses the thresholds of the judge in `folder`, and saves it."""
     torch.set_num_threads(1)
     model, draft, tokenizer = load_pair()
@@ -112,8 +141,8 @@ def calibrate(name: str, lossless: dict, task: str, problems: list[dict], folder
         problems,
         TASKS[task][0],
         judge,
-        thresholds=THRESHOLDS[name],
-        max_drops=MAX_DROPS,
+        thresholds=thresholds or THRESHOLDS[name],
+        max_drops=max_drops,
         lossless=lossless,
         dataset_name=TASKS[task][2],
         num_assistant_tokens=draft_length,
@@ -272,23 +301,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(2)
     folder = Path(args.output_dir)
-    model, draft, tokenizer = load_pair()
-
-    mined = mine_mismatches(
-        model,
-        draft,
-        tokenizer,
-        take(args.task, "train", args.seed, args.num_mined),
-        TASKS[args.task][0],
-        max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=BATCH_SIZE,
-        num_assistant_tokens=8,
-        state_position="both",
-        assistant_states=True,
-        logit_features=True,
-        assistant_logit_features=True,
-        output_dir=folder / "mined",
-    )
+    mined = mine(args.task, args.seed, args.num_mined, folder / "mined")
     for name in args.judges:
         if name in LEARNED and not (folder / "trained" / name).exists():
             train(name, mined, folder / "trained")

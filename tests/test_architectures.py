@@ -8,7 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import autojudge_hf.generation
 from autojudge_hf import AutoJudge, JudgeConfig
-from autojudge_hf.forward import cached_forward, rewind, rewindable_cache
+from autojudge_hf.caches import rewind, rewindable_cache
+from autojudge_hf.forward import cached_forward
 
 
 SIZES = {

@@ -33,8 +33,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import autojudge_hf.generation
 from autojudge_hf import AutoJudge, JudgeConfig, JudgeDecoderOnlyOutput, judge_decoding
+from autojudge_hf.caches import CACHE_NAME, shrink
 from autojudge_hf.features import judge_inputs
-from autojudge_hf.forward import CACHE_NAME, shrink
 from autojudge_hf.generation import COUNTS
 from autojudge_hf.tasks import GSM8K
 
@@ -694,7 +694,6 @@ def test_without_judge_the_original_runs(random_pair, monkeypatch):
         ({"inputs_embeds": torch.zeros(1, 7, 32)}, "inputs_embeds"),
         ({"logits_processor": LogitsProcessorList([STATEFUL])}, "SynthIDTextWatermark"),
         ({"use_cache": False}, "use_cache"),
-        ({"cache_implementation": "static"}, "StaticCache"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
         ({"prompt_lookup_num_tokens": 3}, "two drafters.*assistant_model, prompt_lookup_num_tokens"),
         ({"assistant_model": None, "assistant_early_exit": 2}, "assistant_early_exit.*1 to 1.*got 2"),

@@ -18,6 +18,7 @@ ORDER = [
     "version",
     "configuration",
     "verification",
+    "caches",
     "forward",
     "features",
     "model_card",
@@ -57,6 +58,7 @@ SERVING = (
     "plots",
     "features",
     "forward",
+    "caches",
     "verification",
 )
 

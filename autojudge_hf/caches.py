@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Caches from which tokens can be taken back: growing ones, and ones of a fixed shape for compiled forwards."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+from transformers.generation import GenerateDecoderOnlyOutput
+
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
+
+
+# What `generate` calls a cache: `past_key_values` until transformers 5.23.
+CACHE_NAME = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
+
+
+class FixedLayer(StaticLayer):
+    """Writes where its cache says; a static layer counts for itself, so that every layer would have to be set back.
+
+    Args:
+        max_length (`int`): positions there is room for.
+        start (`torch.LongTensor` of shape `()`): position of the next token, shared by all layers of a cache.
+    """
+
+    def __init__(self, max_length: int, start: torch.Tensor):
+        super().__init__(max_cache_len=max_length)
+        self.start = start
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        positions = torch.arange(key_states.shape[2], device=self.device) + self.start
+        self.keys.index_copy_(2, positions, key_states)
+        self.values.index_copy_(2, positions, value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> torch.Tensor:
+        return self.start
+
+
+class FixedCache(StaticCache):
+    """Keys and values in tensors that neither grow nor move, for forwards that are compiled once for their shape.
+
+    Layers with a sliding window keep everything; the model's own mask applies the window.
+
+    Args:
+        model (`PreTrainedModel`): whose cache it is.
+        num_rows (`int`): rows of every forward. The first `rows` of them count.
+        max_length (`int`): positions there is room for.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_rows: int, max_length: int):
+        super().__init__(config=model.config.get_text_config(decoder=True), max_cache_len=max_length)
+        self._start = torch.zeros((), dtype=torch.long, device=model.device)
+        self._mask = torch.zeros(num_rows, max_length, dtype=torch.long, device=model.device)
+        for tensor in (self._start, self._mask):
+            torch._dynamo.mark_static_address(tensor)
+        self.layers = [FixedLayer(max_length, self._start) for _ in self.layers]
+        self.num_rows, self.max_length = num_rows, max_length
+        #: Tokens cached, on the host, and in how many rows.
+        self.length, self.rows = 0, num_rows
+        #: How many tokens a forward may have; any other number is filled up, or a prefill.
+        self.widths: Sequence[int] = ()
+        #: The model, compiled or not.
+        self.forward: Callable[..., Any] = model
+
+    def begin(self, rows: int, n: int, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Before a forward of `n` tokens: where these go, and the mask of shape `(num_rows, max_length)`."""
+        self.rows, end = rows, self.length + n
+        self._start.fill_(self.length)
+        self._mask.zero_()
+        self._mask[:, :end] = 1
+        if attention_mask is not None:
+            self._mask[:rows, :end] = attention_mask.to(self._mask.device)
+        return self._mask
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.length += tokens_to_remove
+
+    def clear(self) -> None:
+        """Holds nothing: not even what isn't finite, which a mask doesn't hide."""
+        self.length = 0
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys.zero_()
+                layer.values.zero_()
+
+
+# One cache of a model outlives the call: its addresses are in the captured graphs.
+_kept: WeakKeyDictionary[PreTrainedModel, FixedCache] = WeakKeyDictionary()
+_GRANULARITY = 256
+
+
+def take_fixed_cache(
+    num_rows: int,
+    length: int,
+    generation_config: GenerationConfig,
+    model: PreTrainedModel,
+    widths: Sequence[int],
+) -> FixedCache | None:
+    """An empty cache with room for `length` tokens and a forward of any of the widths behind them.
+
+    The one that the model's last call gave back, if it's large enough and has as many rows. Until it's given back it
+    belongs to this call. `None` for a model whose forward hasn't a fixed shape.
+    """
+    if not _has_fixed_shapes(model):
+        return None
+    length += max(widths)
+    cache = _kept.pop(model, None)
+    if cache is None or cache.num_rows != num_rows or cache.max_length < length:
+        cache = FixedCache(model, num_rows, -(-length // _GRANULARITY) * _GRANULARITY)
+    cache.clear()
+    cache.widths = widths
+    cache.forward = model
+    if model._valid_auto_compile_criteria({CACHE_NAME: cache}, generation_config):
+        cache.forward = model.get_compiled_call(generation_config.compile_config)
+        # What collects hidden states is installed by the first pass that asks for them, which mustn't be compiled.
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), output_hidden_states=True)
+    return cache
+
+
+def give_fixed_cache_back(model: PreTrainedModel, cache: FixedCache) -> None:
+    _kept[model] = cache
+
+
+def _has_fixed_shapes(model: PreTrainedModel) -> bool:
+    layers = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=1).layers
+    is_attention = all(type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in layers)
+    devices = set(getattr(model, "hf_device_map", {"": 0}).values())
+    return model._can_compile_fullgraph and is_attention and len(devices) == 1
+
+
+def num_cached(cache: Cache) -> int:
+    return cache.length if isinstance(cache, FixedCache) else cache.get_seq_length()
+
+
+def rewindable_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache from which any number of tokens can be taken back.
+
+    Layers that would forget what leaves a sliding window keep everything; the model's own mask applies the window.
+
+    Raises:
+        ValueError: for a model with layers that can't take tokens back (convolutions, recurrences).
+    """
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in cache.layers]
+    if other := other_layers(cache):
+        raise ValueError(
+            f"{type(model).__name__} can't take tokens back: expected attention layers only, its cache has {other}."
+        )
+    return cache
+
+
+def other_layers(cache: Cache) -> list[str]:
+    """Kinds of the cache's layers that aren't attention's, whose rows can't take different numbers of tokens back."""
+    attention = (DynamicLayer, DynamicSlidingWindowLayer)
+    return sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in attention})
+
+
+def rewind(cache: Cache, removed: Sequence[int]) -> None:
+    """Takes the last `removed[i]` tokens of row i back; the rows stay aligned at their ends.
+
+    A row that loses more than another moves right, and what wraps round to its front is for the mask to hide.
+    """
+    least = min(removed)
+    if max(removed) > least:
+
+        @functools.cache  # mostly one for all layers
+        def sources(heads: int, n: int, device: torch.device) -> torch.Tensor:
+            shifts = torch.tensor(removed, device=device) - least
+            positions = (torch.arange(n, device=device) - shifts[:, None]) % n
+            first = n * torch.arange(len(removed) * heads, device=device).view(-1, heads, 1)
+            return (first + positions[:, None]).flatten()
+
+        def moved(x: torch.Tensor) -> torch.Tensor:
+            # Whole vectors are copied, which on a CPU is eight times as fast as `take_along_dim`.
+            _, heads, n, d = x.shape
+            return x.reshape(-1, d).index_select(0, sources(heads, n, x.device)).view_as(x)
+
+        for layer in cache.layers:
+            if isinstance(cache, FixedCache):
+                for x in (layer.keys, layer.values):
+                    held = x[: len(removed), :, : cache.length]
+                    held.copy_(moved(held))
+            else:
+                layer.keys, layer.values = moved(layer.keys), moved(layer.values)
+    cache.crop(-least)
+
+
+def as_normal_tensors(cache: Cache) -> None:
+    """Makes what was computed in inference mode usable anywhere: others may go on with the cache."""
+    for layer in cache.layers:
+        if layer.get_seq_length() > 0:
+            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+
+
+def shrink(cache: Cache, rows: Sequence[int], num_columns: int) -> None:
+    """Keeps some rows of the batch, and of their positions the last `num_columns`, or none where that is negative."""
+    num_columns = max(0, num_columns)
+    if isinstance(cache, FixedCache):
+        _shrink_fixed(cache, rows, num_columns)
+        return
+    for layer in cache.layers:
+        if layer.get_seq_length() > 0:
+            if len(rows) < layer.keys.shape[0]:
+                layer.batch_select_indices(torch.tensor(rows, device=layer.keys.device))
+            first = max(0, layer.keys.shape[2] - num_columns)
+            layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.cumulative_length = num_columns
+
+
+def _shrink_fixed(cache: FixedCache, rows: Sequence[int], num_columns: int) -> None:
+    """What is kept moves to the front."""
+    first = max(0, cache.length - num_columns)
+    if first == 0 and len(rows) == cache.rows:
+        return
+    for layer in cache.layers if cache.length else ():
+        for x in (layer.keys, layer.values):
+            # Indexed by a list, it's a copy.
+            x[: len(rows), :, : cache.length - first] = x[list(rows), :, first : cache.length]
+    cache.rows, cache.length = len(rows), cache.length - first

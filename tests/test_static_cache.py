@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`cache_implementation="static"`: the same tokens from caches of a fixed shape, compiled once for it."""
+
+import threading
+
+import pytest
+import torch
+from conftest import PROMPT, left_padded, random_llama, similar_model
+from test_architectures import FAMILIES, NEW_TOKENS, PROMPTS, worth_testing
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, StaticCache
+
+from autojudge_hf import AutoJudge, JudgeConfig
+from autojudge_hf.caches import CACHE_NAME, FixedCache, _kept
+from autojudge_hf.tasks import GSM8K
+
+
+GREEDY = {"do_sample": False, "return_dict_in_generate": True}
+STATIC = {**GREEDY, "cache_implementation": "static"}
+
+
+def same(one, other) -> bool:
+    """Tokens, and the counts of what was matched and judged."""
+    counts = ("num_target_forwards", "num_candidates", "num_matches", "num_judge_accepted", "num_judge_rejected")
+    return torch.equal(one.sequences, other.sequences) and all(
+        torch.equal(getattr(one, name), getattr(other, name)) for name in counts
+    )
+
+
+@pytest.fixture
+def compiled():
+    """Compiles on a CPU too, what a graph costs to make left out: the frontend's graphs, run as they are."""
+    config = CompileConfig(backend="eager", fullgraph=True)
+    config._compile_all_devices = True
+    counters.clear()
+    yield {**STATIC, "compile_config": config}
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.2])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_same_tokens_on_the_embedded_pair(
+    target, draft, tokenizer, test_problems, judge, batch_size, threshold
+):
+    """Two calls in a row, of other prompt lengths, on one allocation."""
+    options = {"assistant_model": draft, "judge": judge, "judge_threshold": threshold}
+    options |= {"num_assistant_tokens": 8, "max_new_tokens": 120}
+    caches = []
+    for first in (0, 4):
+        prompts = [GSM8K().prompt(problem, tokenizer) for problem in test_problems[first : first + batch_size]]
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+        expected = target.generate(**inputs, **options, **GREEDY)
+        output = target.generate(**inputs, **options, **STATIC)
+        assert same(output, expected)
+        assert (output.num_judge_accepted.sum() > 0) == (threshold > 0)
+        caches.append(_kept[target])
+        if batch_size == 1:
+            assert output[CACHE_NAME] is _kept[target] and isinstance(output[CACHE_NAME], StaticCache)
+            assert output[CACHE_NAME].length == output.sequences.shape[1] - 1
+    assert caches[0] is caches[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lossless(family):
+    """Windows shorter than the text, learned positions, ALiBi: alone and in a ragged batch."""
+    model, assistant = worth_testing(family)
+    options = {"assistant_model": assistant, "judge": AutoJudge.from_config(JudgeConfig(judge_type="top_k"))}
+    options |= {"judge_threshold": 0.0, "max_new_tokens": NEW_TOKENS, "num_assistant_tokens": 5}
+    for inputs in ({"input_ids": torch.tensor([PROMPTS[0]])}, left_padded(PROMPTS)):
+        expected = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
+        output = model.generate(**inputs, **options, **STATIC)
+        assert torch.equal(output.sequences, expected)
+        assert 0 < output.num_matches.sum() < output.num_candidates.sum()
+    is_fixed = model._can_compile_fullgraph and family not in ("gpt_neo",)
+    assert isinstance(_kept.get(model), FixedCache) == is_fixed
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_compiled_once(compiled, top_k, batch_size):
+    """Cycles, tails of a response and other prompt lengths make no new graph, and no graph breaks."""
+    model = random_llama()
+    options = {"assistant_model": similar_model(model), "judge": top_k, "judge_threshold": 0.5}
+    options |= {"num_assistant_tokens": 4, "max_new_tokens": 24}
+    graphs = []
+    for prompts in (PROMPTS, [p[:2] for p in PROMPTS], [[5, *p] for p in PROMPTS]):
+        inputs = left_padded(prompts[:batch_size])
+        assert same(model.generate(**inputs, **options, **compiled), model.generate(**inputs, **options, **GREEDY))
+        graphs.append(counters["stats"]["unique_graphs"])
+    # The target's, and the assistant's for one token and for two; of one architecture, they may share some.
+    assert 2 <= graphs[0] <= 3 and graphs == [graphs[0]] * 3
+    assert not counters["graph_break"]
+
+
+def test_a_judge_of_states_reads_the_same_ones_compiled(compiled, random_pair, linear_judge):
+    model, assistant = random_pair
+    both = AutoJudge.from_config(
+        JudgeConfig(hidden_size=32, assistant_hidden_size=32, state_position="both", logit_features=True)
+    )
+    torch.manual_seed(1)
+    both.load_state_dict({"weight": torch.randn(132) / 8, "bias": torch.zeros(1)})
+    for judge in (linear_judge, both):
+        options = {"assistant_model": assistant, "judge": judge, "judge_threshold": 0.5, "max_new_tokens": 40}
+        inputs = left_padded(PROMPTS)
+        expected = model.generate(**inputs, **options, **GREEDY)
+        assert expected.num_judge_accepted.sum() > 0 and expected.num_judge_rejected.sum() > 0
+        assert same(model.generate(**inputs, **options, **compiled), expected)
+
+
+def test_adaptive_lengths_have_few_shapes(compiled, top_k):
+    model = random_llama(max_position_embeddings=1024)
+    options = {"assistant_model": similar_model(model), "judge": top_k, "judge_threshold": 0.0}
+    options |= {"num_assistant_tokens": "adaptive", "max_new_tokens": 200}
+    output = model.generate(PROMPT, **options, **compiled)
+    assert torch.equal(output.sequences, model.generate(PROMPT, do_sample=False, max_new_tokens=200))
+    assert counters["stats"]["unique_graphs"] <= 2 + 6
+
+
+def test_up_to_the_edge_of_the_allocation(random_pair, top_k):
+    """Every length around the one that the allocation was made for, of a model with positions for no more."""
+    model = random_llama(max_position_embeddings=252)
+    options = {"assistant_model": similar_model(model), "judge": top_k, "judge_threshold": 0.0}
+    lengths = []
+    for num_tokens in (210, 238, 245, 251, 252):
+        prompt = torch.arange(num_tokens - 8)[None] % 32
+        expected = model.generate(prompt, do_sample=False, max_new_tokens=8)
+        output = model.generate(prompt, **options, num_assistant_tokens=4, max_new_tokens=8, **STATIC)
+        assert torch.equal(output.sequences, expected)
+        lengths.append(_kept[model].max_length)
+    assert lengths == [256, 256, 256, 256, 512]
+
+
+def test_sampling_draws_the_same(random_pair, top_k):
+    model, assistant = random_pair
+    options = {"assistant_model": assistant, "judge": top_k, "judge_threshold": 0.6, "max_new_tokens": 40}
+    texts = []
+    for decoding in (GREEDY, STATIC):
+        torch.manual_seed(3)
+        texts.append(model.generate(**left_padded(PROMPTS), **options, **{**decoding, "do_sample": True}))
+    assert same(*texts)
+
+
+def test_what_a_former_call_left_is_gone(random_pair, top_k):
+    """Even what isn't finite, which no mask hides: nothing times NaN is NaN."""
+    model, assistant = random_pair
+    options = {"assistant_model": assistant, "judge": top_k, "judge_threshold": 0.0, "max_new_tokens": 20}
+    expected = model.generate(PROMPT, do_sample=False, max_new_tokens=20)
+    model.generate(PROMPT, **options, **STATIC)
+    for layer in _kept[model].layers:
+        layer.keys.fill_(torch.nan)
+        layer.values.fill_(torch.nan)
+    assert torch.equal(model.generate(PROMPT, **options, **STATIC).sequences, expected)
+
+
+def test_prompt_lookup_and_kept_outputs(random_pair, top_k):
+    model, _ = random_pair
+    prompt = torch.tensor([[3, 14, 15, 9, 3, 14, 15, 9, 3, 14]])
+    options = {"judge": top_k, "judge_threshold": 0.0, "max_new_tokens": 30, "prompt_lookup_num_tokens": 4}
+    options |= {"output_scores": True, "output_hidden_states": True}
+    expected, output = (model.generate(prompt, **options, **decoding) for decoding in (GREEDY, STATIC))
+    assert same(output, expected) and output.num_candidates > 0
+    for name in ("scores", "hidden_states"):
+        for one, other in zip(getattr(output, name), getattr(expected, name)):
+            one, other = (x if isinstance(x, tuple) else (x,) for x in (one, other))
+            assert all(torch.allclose(x, y, atol=1e-4) for x, y in zip(one, other))
+
+
+def test_threads_have_allocations_of_their_own(random_pair, top_k):
+    model, assistant = random_pair
+    options = {"assistant_model": assistant, "judge": top_k, "judge_threshold": 0.0, "max_new_tokens": 60}
+    prompts = [torch.tensor([prompt]) for prompt in PROMPTS]
+    expected = [model.generate(prompt, do_sample=False, max_new_tokens=60) for prompt in prompts]
+    results = [None] * len(prompts)
+
+    def decode(i):
+        results[i] = model.generate(prompts[i], **options, **STATIC).sequences
+
+    threads = [threading.Thread(target=decode, args=(i,)) for i in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(result, text) for result, text in zip(results, expected))
+
+
+def test_refused(random_pair, top_k):
+    model, assistant = random_pair
+    with pytest.raises(ValueError, match="cache_implementation='static'. with .assistant_early_exit"):
+        model.generate(PROMPT, judge=top_k, assistant_early_exit=1, max_new_tokens=4, **STATIC)
+    output = model.generate(PROMPT, judge=top_k, assistant_model=assistant, max_new_tokens=4, **STATIC)
+    # The next call writes into it.
+    with pytest.raises(ValueError, match="the cache FixedCache"):
+        model.generate(
+            output.sequences,
+            judge=top_k,
+            assistant_model=assistant,
+            max_new_tokens=4,
+            do_sample=False,
+            **{CACHE_NAME: output[CACHE_NAME]},
+        )
