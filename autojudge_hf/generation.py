@@ -138,7 +138,10 @@ def judge_decoding(
     if generation_config.cache_implementation == "static":
         longest = min(max_length, input_ids.shape[1] + max(stop.max_new_tokens))
         fixed = functools.partial(take_fixed_cache, len(input_ids), longest, generation_config)
-        cache = fixed(model, draft_length.widths) or rewindable_cache(model)
+        cache = fixed(model, draft_length.widths)
+        if cache is None:
+            warn_once(f"{type(model).__name__} has no forward of a fixed shape, and so no static cache. It grows.")
+            cache = rewindable_cache(model)
         if assistant_model is not None:
             # The newest token, and one more where the last candidate was accepted.
             assistant_cache = fixed(assistant_model, [1, 2])

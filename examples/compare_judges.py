@@ -44,8 +44,10 @@ from autojudge_hf.plots import plot_trade_off
 
 
 #: Name, type and features. The paper's judge reads both models' states of the candidate.
+OURS = {"state_position": "both", "assistant_hidden_size": None, "assistant_logit_features": False}
 LEARNED = {
-    "mlp": ("mlp", {"state_position": "both", "assistant_hidden_size": None, "assistant_logit_features": False}),
+    "mlp": ("mlp", OURS),
+    "linear": ("linear", OURS),
     "paper": (
         "linear",
         {"state_position": "candidate", "logit_features": False, "assistant_logit_features": False},

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a judge gains and costs on the embedded pair: mined, trained, threshold chosen, tested once.
+"""What judges gain and cost on the embedded pair: made for a task, or for both at once, and tested on either.
 
-    python examples/measure_judge.py --output_dir runs/measure_judge
-    python examples/measure_judge.py --task livecodebench --output_dir runs/measure_judge_programs
+    python examples/measure_judge.py --task livecodebench --output_dir runs/judge_code
+    python examples/measure_judge.py --task livecodebench --judges runs/judge_code/judge
 
-Training problems give the judge, validation problems its threshold, and fresh test problems, used once, the figures.
-These are kept in the judge's config, and so in its card. `--judge` tests one that is there, on either task.
+The first command mines training problems, fits, and chooses the threshold on validation problems, by the accuracy it
+costs. The second decodes fresh test problems, to be used once. What both find is kept in the judge's config, and so
+in its card.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import argparse
 import functools
 import itertools
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,11 +26,12 @@ from autojudge_hf import (
     AutoJudge,
     JudgeTrainer,
     JudgeTrainingArguments,
+    calibrate_threshold,
     evaluate_judge,
     evaluation_summary,
     mine_mismatches,
 )
-from autojudge_hf.tasks import GSM8K, LiveCodeBench
+from autojudge_hf.tasks import GSM8K, LiveCodeBench, Task
 
 
 PAIR = Path(__file__).parent / "tiny_pair"
@@ -37,10 +41,48 @@ from make_problems import problems  # noqa: E402  (lives beside the pair)
 from make_programs import programs  # noqa: E402
 
 
+class Both(Task):
+    """Word problems and programming problems; an answer says which it belongs to."""
+
+    name = "word-and-programming-problems-v1"
+    tasks = {"words": GSM8K(), "programs": LiveCodeBench()}
+
+    def _kind(self, example: Mapping[str, Any]) -> str:
+        return "words" if "question" in example else "programs"
+
+    def prompt(self, example, tokenizer) -> str:
+        return self.tasks[self._kind(example)].prompt(example, tokenizer)
+
+    def extract_answers(self, examples: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[Any]:
+        kinds = [self._kind(example) for example in examples]
+        answers: list[Any] = [None] * len(texts)
+        for kind, task in self.tasks.items():
+            at = [i for i, other in enumerate(kinds) if other == kind]
+            found = task.extract_answers([examples[i] for i in at], [texts[i] for i in at]) if at else []
+            for i, answer in zip(at, found):
+                answers[i] = None if answer is None else [kind, answer]
+        return answers
+
+    def is_correct(self, example: Mapping[str, Any], answer: Any) -> bool:
+        kind = self._kind(example)
+        return self.tasks[kind].is_correct(example, None if answer is None else answer[1])
+
+    def equivalent(self, answer: Any, reference: Any) -> bool:
+        if answer is None or reference is None or answer[0] != reference[0]:
+            return False
+        return self.tasks[answer[0]].equivalent(answer[1], reference[1])
+
+
+def both(split: str, seed: int) -> Iterator[dict]:
+    """Word problems and programming problems in turn."""
+    return itertools.chain.from_iterable(zip(problems(split, seed), programs(split, seed)))
+
+
 MAX_NEW_TOKENS = 320
 TASKS = {
     "gsm8k": (GSM8K(), problems, "word problems of the embedded pair"),
     "livecodebench": (LiveCodeBench(), programs, "programming problems of the embedded pair"),
+    "both": (Both(), both, "word and programming problems of the embedded pair"),
 }
 
 
@@ -67,26 +109,16 @@ def show(row: dict, lossless: dict) -> None:
     )
 
 
-def measure(pair, tokenizer, task_name, judge, thresholds, examples, split, title, options) -> list[dict]:
-    """Decodes, prints, and returns what `judge.config.evaluation` holds."""
-    task, _, dataset = TASKS[task_name]
-    rows = evaluate_judge(*pair, tokenizer, examples, task, judge, thresholds=thresholds, **options)
-    length = options["num_assistant_tokens"]
-    rows = evaluation_summary(rows, dataset=dataset, split=split, num_assistant_tokens=length)
-    print(f"\n{len(examples)} {title}, draft length {length}")
-    for row in rows:
-        show(row, rows[0])
-    return rows
-
-
-def make_judge(pair, tokenizer, args, options):
-    """Mines, trains, chooses the threshold on validation problems, and saves."""
-    folder = Path(args.output_dir)
+def make_judge(args: argparse.Namespace, options: dict[str, Any]) -> None:
+    """Mines, fits, chooses the threshold on validation problems, and saves."""
+    folder, (task, _, dataset) = Path(args.output_dir), TASKS[args.task]
+    model, draft, tokenizer = load_pair()
     mined = mine_mismatches(
-        *pair,
+        model,
+        draft,
         tokenizer,
         take(args.task, "train", args.seed, args.num_mined),
-        TASKS[args.task][0],
+        task,
         max_new_tokens=MAX_NEW_TOKENS,
         batch_size=32,
         num_assistant_tokens=8,
@@ -95,72 +127,71 @@ def make_judge(pair, tokenizer, args, options):
         output_dir=folder / "mined",
     )
     print(f"{len(mined)} mismatches, {sum(mined['label']) / len(mined):.1%} important")
-    # Where few important mismatches may pass, the fit has to care about these as much as about the many others.
     arguments = JudgeTrainingArguments(
-        output_dir=str(folder / "judge"), overwrite_output_dir=True, validation_size=0.2, class_weight="balanced"
+        output_dir=str(folder / "judge"),
+        overwrite_output_dir=True,
+        num_folds=5,
+        C_grid=[1.0, 0.1, 0.01, 0.001],
     )
     trainer = JudgeTrainer(arguments, mined)
     trainer.train()
-    prediction = trainer.predict(trainer.eval_dataset)
-    print(f"validation ROC-AUC {trainer.state.best_metric:.3f}")
-
-    important = torch.from_numpy(prediction.predictions[prediction.label_ids == 1])
-    thresholds = sorted({important.quantile(1 - recall).item() for recall in args.recalls})
-    judge = trainer.judge
+    print(f"ROC-AUC {trainer.state.best_metric:.3f} across folds")
     examples = take(args.task, "validation", args.seed, args.num_validation)
-    rows = measure(
-        pair, tokenizer, args.task, judge, thresholds, examples, "validation", "validation problems", options
+    calibrate_threshold(
+        model,
+        draft,
+        tokenizer,
+        examples,
+        task,
+        trainer.judge,
+        thresholds=args.thresholds,
+        max_drops={"1 point": 0.01},
+        dataset_name=dataset,
+        **options,
     )
-    good = [row["threshold"] for row in rows[1:] if row["drop_high"] <= args.max_drop]
-    judge.config.threshold = max(good, default=0.0)
+    print(f"\n{len(examples)} validation problems, draft length {args.num_assistant_tokens}")
+    rows = trainer.judge.config.evaluation
+    for row in rows:
+        show(row, rows[0])
     trainer.save_model()
-    return judge
+
+
+def test_judges(args: argparse.Namespace, options: dict[str, Any]) -> None:
+    """Decodes test problems with each judge at the threshold it has."""
+    task, _, dataset = TASKS[args.task]
+    examples = take(args.task, "test", args.test_seed, args.num_test)
+    print(f"{len(examples)} fresh test problems, used once, draft length {args.num_assistant_tokens}")
+    for folder in args.judges:
+        judge = AutoJudge.from_pretrained(folder)
+        rows = evaluate_judge(*load_pair(), examples, task, judge, thresholds=[judge.config.threshold], **options)
+        rows = evaluation_summary(rows, dataset=dataset, split="test", num_assistant_tokens=args.num_assistant_tokens)
+        print(f"\n{folder}")
+        for row in rows:
+            show(row, rows[0])
+        others = [row for row in judge.config.evaluation if (row["dataset"], row["split"]) != (dataset, "test")]
+        judge.config.evaluation = others + rows
+        judge.save_pretrained(folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--task", choices=list(TASKS), default="gsm8k")
     parser.add_argument("--output_dir", default="runs/measure_judge")
-    parser.add_argument("--judge", help="folder of a judge, threshold included, to test instead of making one")
-    parser.add_argument("--seed", type=int, default=1, help="seed of all problems")
-    parser.add_argument("--test_seed", type=int, help="seed of the test problems, where it's another")
-    parser.add_argument("--num_mined", type=int, default=2000)
-    parser.add_argument("--num_validation", type=int, default=2000)
+    parser.add_argument("--judges", nargs="+", help="folders of judges to test, instead of making one")
+    parser.add_argument("--seed", type=int, default=1, help="seed of training and validation problems")
+    parser.add_argument("--test_seed", type=int, default=2)
+    parser.add_argument("--num_mined", type=int, default=400)
+    parser.add_argument("--num_validation", type=int, default=1000)
     parser.add_argument("--num_test", type=int, default=1000)
     parser.add_argument("--batch_size", type=int, default=32, help="problems decoded at once; each row as if alone")
     parser.add_argument("--num_assistant_tokens", type=int, default=16, help="draft length")
-    parser.add_argument(
-        "--recalls",
-        type=float,
-        nargs="+",
-        default=[0.92, 0.93, 0.94, 0.95],
-        help="thresholds to try: those that reject these shares of the important mismatches held out from the fit",
-    )
-    parser.add_argument(
-        "--factors", type=float, nargs="+", default=[1.0], help="test at these multiples of the judge's threshold"
-    )
-    parser.add_argument(
-        "--max_drop", type=float, default=0.01, help="accuracy the threshold may cost, with 97.5 %% confidence"
-    )
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.03, 0.06, 0.1, 0.15, 0.2])
+    parser.add_argument("--num_threads", type=int, default=2, help="1 where two of these run beside each other")
     args = parser.parse_args()
-    torch.set_num_threads(2)
-    *pair, tokenizer = load_pair()
+    torch.set_num_threads(args.num_threads)
     options = {"num_assistant_tokens": args.num_assistant_tokens, "max_new_tokens": MAX_NEW_TOKENS}
     options["batch_size"] = args.batch_size
-    if args.judge is not None:
-        judge = AutoJudge.from_pretrained(args.judge)
-    else:
-        judge = make_judge(pair, tokenizer, args, options)
-
-    tested = take(args.task, "test", args.seed if args.test_seed is None else args.test_seed, args.num_test)
-    thresholds = sorted(min(1.0, factor * judge.config.threshold) for factor in args.factors)
-    rows = measure(
-        pair, tokenizer, args.task, judge, thresholds, tested, "test", "fresh test problems, used once", options
-    )
-    # What it did on the other task stays.
-    other = [row for row in judge.config.evaluation if row["dataset"] != TASKS[args.task][2]]
-    judge.config.evaluation = other + rows
-    judge.save_pretrained(args.judge or Path(args.output_dir) / "judge")
+    (test_judges if args.judges else make_judge)(args, options)
 
 
 if __name__ == "__main__":

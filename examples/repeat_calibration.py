@@ -24,9 +24,8 @@ from autojudge_hf import AutoJudge
 from autojudge_hf.evaluation import paired_interval
 
 
-NAME, BUDGET = "mlp", {"1 point": 0.01}
-#: From a threshold that accepts little, so that a judge of few problems finds one, too.
-THRESHOLDS = (0.02, 0.05, 0.08, 0.11, 0.15)
+NAME, BUDGET = "linear", {"1 point": 0.01}
+THRESHOLDS = (0.03, 0.06, 0.1, 0.15)
 
 
 def lossless(args: argparse.Namespace, split: str, seed: int, n: int, folder: Path) -> dict:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The examples as a user runs them, and the promises of the problem generator."""
 
+import argparse
 import itertools
 import json
 import os
@@ -25,9 +26,12 @@ from autojudge_hf import JudgeConfig
 sys.path.insert(0, str(PAIR))
 sys.path.insert(0, str(ROOT / "examples"))
 
+from benchmark_gpu import PAIRS as GPU_PAIRS
+from benchmark_gpu import counting_model
 from compare_features import auc_samples, weights_of
 from compare_judges import share_of_gap
 from make_problems import SPLITS, problems
+from measure_judge import Both, take
 from measure_oracle import cycles
 
 
@@ -283,6 +287,41 @@ def read_story(question):
         arithmetic.append(("change", 0))
         value = abs(value - first)
     return tuple(arithmetic), value
+
+
+def test_one_task_for_both_kinds_of_problem(tokenizer):
+    """Prompts, grades and equivalence are those of each problem's own task."""
+    examples, task = take("both", "test", 3, 4), Both()
+    words, programs = task.tasks.values()
+    own = [words, programs, words, programs]
+    assert [t.prompt(e, tokenizer) for t, e in zip(own, examples)] == [task.prompt(e, tokenizer) for e in examples]
+    gold = examples[0]["answer"].rpartition("#### ")[2]
+    texts = [f"The final answer is {gold}", "```python\nboom(\n```", "no idea", examples[3]["answer"]]
+    answers = task.extract_answers(examples, texts)
+    expected = [t.extract_answers([e], [text])[0] for t, e, text in zip(own, examples, texts)]
+    assert [answer and answer[1] for answer in answers] == expected
+    correct = [task.is_correct(e, answer) for e, answer in zip(examples, answers)]
+    assert correct == [t.is_correct(e, answer) for t, e, answer in zip(own, examples, expected)]
+    assert correct == [True, False, False, True]
+    alike = [[task.equivalent(a, b) for b in answers] for a in answers]
+    assert alike == [[i == j and i != 2 for j in range(4)] for i in range(4)]
+
+
+def test_models_of_the_gpu_benchmark_do_as_they_are_told():
+    """The target counts, the draft skips where it's told to, and one number in the state says what matters."""
+    args = argparse.Namespace(device="cpu", dtype=torch.float32)
+    torch.manual_seed(0)
+    skips, important = torch.rand(512) < 0.3, torch.rand(512) < 0.5
+    tokens = torch.arange(512)
+    for sizes, skipped, marked in (
+        (GPU_PAIRS["tiny"][0], torch.zeros(512, dtype=torch.bool), important),
+        (GPU_PAIRS["tiny"][1], skips, None),
+    ):
+        model = counting_model(sizes, skipped, marked, args)
+        outputs = model(tokens[:510, None], output_hidden_states=True)
+        assert torch.equal(outputs.logits[:, 0].argmax(-1), tokens[:510] + 1 + skipped[:510].long())
+        if marked is not None:
+            assert torch.equal(outputs.hidden_states[-1][:, 0, 0] > 1, important[:510])
 
 
 def test_splits_never_share_a_problem():

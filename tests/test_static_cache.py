@@ -39,9 +39,7 @@ def compiled():
 
 @pytest.mark.parametrize("threshold", [0.0, 0.2])
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_the_same_tokens_on_the_embedded_pair(
-    target, draft, tokenizer, test_problems, judge, batch_size, threshold
-):
+def test_the_same_tokens_on_the_embedded_pair(target, draft, tokenizer, test_problems, judge, batch_size, threshold):
     """Two calls in a row, of other prompt lengths, on one allocation."""
     options = {"assistant_model": draft, "judge": judge, "judge_threshold": threshold}
     options |= {"num_assistant_tokens": 8, "max_new_tokens": 120}
@@ -72,8 +70,8 @@ def test_lossless(family):
         output = model.generate(**inputs, **options, **STATIC)
         assert torch.equal(output.sequences, expected)
         assert 0 < output.num_matches.sum() < output.num_candidates.sum()
-    is_fixed = model._can_compile_fullgraph and family not in ("gpt_neo",)
-    assert isinstance(_kept.get(model), FixedCache) == is_fixed
+    # These two have no forward that could be compiled whole; their caches grow, with a warning.
+    assert isinstance(_kept.get(model), FixedCache) == (family not in ("gpt_neo", "mpt"))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speed and memory at real sizes, without downloads: random models whose agreement is set beforehand.
+
+    python examples/benchmark_gpu.py --pair llama
+    python examples/benchmark_gpu.py --pair tiny --device cpu --draft_lengths 4 --batch_sizes 1 2 --num_tokens 32
+
+Compute and memory traffic are those of the real pair. But what attention and MLP give is zero, and so the next token
+only depends on the last: the target counts up, the draft skips a token at a chosen share of all tokens, and the judge
+knows by a direction in the hidden states which of these are harmless. The roofline is the time to read the weights
+that a cycle reads, at the bandwidth of a copy in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from autojudge_hf import AutoJudge, JudgeConfig, judge_decoding
+
+
+LLAMA = {"model_type": "llama", "vocab_size": 128256, "rope_theta": 500000.0, "num_key_value_heads": 8}
+QWEN = {"model_type": "qwen2", "vocab_size": 152064, "rope_theta": 1000000.0}
+TINY = {"model_type": "llama", "vocab_size": 512, "num_key_value_heads": 2, "num_attention_heads": 4}
+#: Hidden size, layers, heads, MLP width of Llama 3.1 8B and 3.2 1B, Qwen2.5 7B and 0.5B.
+PAIRS = {
+    "llama": (
+        {**LLAMA, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 14336},
+        {**LLAMA, "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "intermediate_size": 8192},
+    ),
+    "qwen": (
+        {
+            **QWEN,
+            "hidden_size": 3584,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "intermediate_size": 18944,
+        },
+        {
+            **QWEN,
+            "vocab_size": 151936,
+            "hidden_size": 896,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "intermediate_size": 4864,
+        },
+    ),
+    "tiny": (
+        {**TINY, "hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 256},
+        {**TINY, "hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 128},
+    ),
+}
+
+
+class Way(NamedTuple):
+    """A row: `draft_length` 0 is the target alone, `arguments` go to `generate`."""
+
+    name: str
+    draft_length: int
+    batch_size: int
+    arguments: dict[str, Any]
+
+
+def counting_model(sizes: dict[str, Any], skips: torch.Tensor, marked: torch.Tensor | None, args) -> PreTrainedModel:
+    """A random model that writes t + 1 after t, or t + 2 where `skips[t]`.
+
+    A token's last hidden state is its embedding, normed, and the head's row for a token the embedding of the token
+    before it. Random vectors of these sizes are nearly orthogonal, so that this row wins. `marked` tokens point one
+    way along the first dimension, the others the other way: that is what the judge reads.
+    """
+    torch.manual_seed(0)
+    sizes = {**sizes, "max_position_embeddings": 8192, "tie_word_embeddings": False, "eos_token_id": None}
+    config = AutoConfig.for_model(**sizes, bos_token_id=0, pad_token_id=0)
+    with torch.device(args.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=args.dtype).eval()
+    model.generation_config.pad_token_id = 0
+    embeddings, head = model.get_input_embeddings().weight.data, model.get_output_embeddings().weight.data
+    embeddings.normal_()
+    if marked is not None:
+        embeddings[:, 0] = 3.0 * torch.where(marked[: len(embeddings)], 1.0, -1.0)
+    embeddings /= embeddings.norm(dim=-1, keepdim=True)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    tokens = torch.arange(len(embeddings), device=args.device)
+    followers = (tokens + 1 + skips[: len(embeddings)].long()) % len(embeddings)
+    # Where two tokens lead to one, it answers to both.
+    head.zero_().index_add_(0, followers, embeddings)
+    head[:, 0] = 0.0
+    return model
+
+
+def bandwidth(device: str, size: int) -> float:
+    """Bytes read and written a second, by copies of `size` bytes."""
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = [timed(device, lambda: target.copy_(source))[0] for _ in range(10)]
+    return 2 * size / min(seconds)
+
+
+def timed(device: str, call: Callable[[], Any]) -> tuple[float, Any]:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    result = call()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, result
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """What a forward reads; of the embeddings it's only a row."""
+    embeddings = model.get_input_embeddings().weight
+    return (
+        sum(p.numel() * p.element_size() for p in model.parameters()) - embeddings.numel() * embeddings.element_size()
+    )
+
+
+def ways_to_decode(draft: PreTrainedModel, judge: AutoJudge, args) -> list[Way]:
+    ways = []
+    static = {"cache_implementation": "static"}
+    for b in args.batch_sizes:
+        ways += [Way("target alone", 0, b, {}), Way("target alone, static", 0, b, static)]
+        for k in args.draft_lengths:
+            shared = {"assistant_model": draft, "return_dict_in_generate": True}
+            loop = functools.partial(judge_decoding, assistant_model=draft, num_assistant_tokens=k)
+            if b == 1:
+                ways.append(Way("stock assisted", k, b, shared))
+            for name, cache in (("", {}), (", static", static)):
+                ways.append(Way(f"ours lossless{name}", k, b, {**shared, **cache, "custom_generate": loop}))
+                judged = {**shared, **cache, "judge": judge, "num_assistant_tokens": k}
+                # A threshold that is as good as 0 asks the judge and accepts nothing: what judging costs.
+                ways.append(Way(f"ours, judge rejects all{name}", k, b, {**judged, "judge_threshold": 1e-30}))
+                ways.append(Way(f"ours judged{name}", k, b, judged))
+    return ways
+
+
+def run(model: PreTrainedModel, draft: PreTrainedModel, way: Way, args) -> dict[str, float]:
+    """Seconds of the first call, which compiles, and of the others; tokens, tokens per cycle, peak memory."""
+    starts = torch.arange(way.batch_size, device=args.device)[:, None] * 37
+    inputs = (starts + torch.arange(args.prompt_length, device=args.device)) % args.vocab_size
+    draft.generation_config.num_assistant_tokens = way.draft_length
+    draft.generation_config.num_assistant_tokens_schedule = "constant"
+    draft.generation_config.assistant_confidence_threshold = 0.0
+    forwards = []
+    hook = model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    generate = functools.partial(
+        model.generate, inputs, do_sample=False, max_new_tokens=args.num_tokens, **way.arguments
+    )
+    first, _ = timed(args.device, generate)
+    hook.remove()
+    timed(args.device, generate)
+    if args.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    runs = [timed(args.device, generate) for _ in range(args.rounds)]
+    output = runs[-1][1]
+    cycles = getattr(output, "num_target_forwards", None)
+    new = args.num_tokens - 1
+    return {
+        "first": first,
+        "seconds": statistics.median(seconds for seconds, _ in runs),
+        "tokens_per_cycle": new / (len(forwards) - 1) if cycles is None else new * way.batch_size / int(cycles.sum()),
+        "peak": torch.cuda.max_memory_allocated() if args.device != "cpu" else 0,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--pair", choices=list(PAIRS), default="llama")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default="bfloat16")
+    parser.add_argument("--agreement", type=float, default=0.8, help="share of tokens at which the draft agrees")
+    parser.add_argument("--harmless", type=float, default=0.65, help="share of the mismatches that the judge accepts")
+    parser.add_argument("--draft_lengths", type=int, nargs="+", default=[4, 8, 16, 32])
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--prompt_length", type=int, default=128)
+    parser.add_argument("--num_tokens", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    if args.device == "cpu":
+        args.dtype = torch.float32
+
+    sizes, draft_sizes = PAIRS[args.pair]
+    args.vocab_size = min(sizes["vocab_size"], draft_sizes["vocab_size"])
+    torch.manual_seed(1)
+    skips = (torch.rand(sizes["vocab_size"]) > args.agreement).to(args.device)
+    # The judge sees the candidate: the token that a skip leads to.
+    important = (torch.rand(sizes["vocab_size"]) > args.harmless).to(args.device)
+    model = counting_model(sizes, torch.zeros_like(skips), important, args)
+    draft = counting_model(draft_sizes, skips, None, args)
+    judge = AutoJudge.from_config(JudgeConfig(hidden_size=sizes["hidden_size"], threshold=0.5))
+    weight = torch.zeros(sizes["hidden_size"])
+    weight[0] = 10.0
+    judge.load_state_dict({"weight": weight, "bias": torch.zeros(1)})
+
+    size = min(2**30, weight_bytes(model))
+    rate = bandwidth(args.device, size)
+    read, read_by_draft = weight_bytes(model), weight_bytes(draft)
+    print(f"{args.pair}, {args.dtype}, {args.device}; {args.num_tokens} tokens after {args.prompt_length}")
+    print(f"copies: {rate / 1e9:.0f} GB/s; weights: {read / 1e9:.2f} and {read_by_draft / 1e9:.2f} GB")
+    print("roofline: tokens/s if a cycle took no longer than to read the weights\n")
+    header = "decoding|draft length|batch|tokens per cycle|tokens/s|to roofline|first call, s|peak GB"
+    print("| " + header.replace("|", " | ") + " |\n|" + " --- |" * (header.count("|") + 1))
+    for way in ways_to_decode(draft, judge, args):
+        row = run(model, draft, way, args)
+        speed = way.batch_size * args.num_tokens / row["seconds"]
+        cycle = (read + way.draft_length * read_by_draft) / rate
+        roofline = way.batch_size * row["tokens_per_cycle"] / cycle
+        cells = [way.name, way.draft_length or "", way.batch_size, f"{row['tokens_per_cycle']:.2f}", f"{speed:.0f}"]
+        cells += [f"{speed / roofline:.2f}", f"{row['first']:.1f}", f"{row['peak'] / 1e9:.2f}"]
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
