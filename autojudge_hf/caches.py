@@ -78,8 +78,8 @@ class FixedCache(StaticCache):
         self.length, self.rows = 0, num_rows
         #: How many tokens a forward may have; any other number is filled up, or a prefill.
         self.widths: Sequence[int] = ()
-        #: The model, compiled or not.
-        self.forward: Callable[..., Any] = model
+        #: The model, compiled or not, while a call has the cache.
+        self.forward: Callable[..., Any] | None = None
 
     def begin(self, rows: int, n: int, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Before a forward of `n` tokens: where these go, and the mask of shape `(num_rows, max_length)`."""
@@ -137,6 +137,7 @@ def take_fixed_cache(
 
 
 def give_fixed_cache_back(model: PreTrainedModel, cache: FixedCache) -> None:
+    cache.forward = None  # or it would keep the model alive
     _kept[model] = cache
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -44,10 +44,8 @@ from autojudge_hf.plots import plot_trade_off
 
 
 #: Name, type and features. The paper's judge reads both models' states of the candidate.
-OURS = {"state_position": "both", "assistant_hidden_size": None, "assistant_logit_features": False}
 LEARNED = {
-    "mlp": ("mlp", OURS),
-    "linear": ("linear", OURS),
+    "mlp": ("mlp", {"state_position": "both", "assistant_hidden_size": None, "assistant_logit_features": False}),
     "paper": (
         "linear",
         {"state_position": "candidate", "logit_features": False, "assistant_logit_features": False},
@@ -122,7 +120,6 @@ def calibrate(
     problems: list[dict],
     folder: Path,
     draft_length: int,
-    thresholds: Sequence[float] | None = None,
     max_drops: Mapping[str, float] = MAX_DROPS,
 ) -> None:
     """Runs in a process of its own: chooses the thresholds of the judge in `folder`, and saves it."""
@@ -143,7 +140,7 @@ def calibrate(
         problems,
         TASKS[task][0],
         judge,
-        thresholds=thresholds or THRESHOLDS[name],
+        thresholds=THRESHOLDS[name],
         max_drops=max_drops,
         lossless=lossless,
         dataset_name=TASKS[task][2],

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a threshold for "at most 1 point" keep to it? Ten judges, each made from problems of its own.
+"""Does a threshold for "at most 1 point" keep to it? Ten judges, calibrated and tested.
 
     python examples/repeat_calibration.py --output_dir runs/repeat
 
-For every seed a judge is mined, trained, and calibrated on validation problems that no other seed has seen. Then all
-are tested, at the threshold they chose, on the same fresh test problems. Two seeds run beside each other, a thread
-each; interrupted, the same command goes on where it was.
+Every seed draws its mining set from the problems that `compare_judges.py` has mined, as many as there are, with
+replacement (a bootstrap: mining ten times would take two hours more), fits a judge, and calibrates it on validation
+problems that no other seed has. Then all are tested, at the threshold they chose, on the same fresh test problems. Two
+seeds run beside each other, a thread each; interrupted, the same command goes on where it was.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+import datasets
+import numpy as np
 import torch
-from compare_judges import BATCH_SIZE, calibrate, decode, kept, mine, per_cycle, test, train
+from compare_judges import BATCH_SIZE, LEARNED, calibrate, decode, kept, mine, per_cycle, test
 from measure_judge import take
 
-from autojudge_hf import AutoJudge
+from autojudge_hf import AutoJudge, JudgeTrainer, JudgeTrainingArguments, select_features
 from autojudge_hf.evaluation import paired_interval
 
 
-NAME, BUDGET = "linear", {"1 point": 0.01}
-THRESHOLDS = (0.03, 0.06, 0.1, 0.15)
+NAME, BUDGET = "mlp", {"1 point": 0.01}
+#: Chosen by cross-validation in `compare_judges.py`.
+C = 0.01
 
 
 def lossless(args: argparse.Namespace, split: str, seed: int, n: int, folder: Path) -> dict:
@@ -37,17 +41,29 @@ def lossless(args: argparse.Namespace, split: str, seed: int, n: int, folder: Pa
     return {"threshold": None, **kept(folder / f"{split}-lossless.json", make)}
 
 
+def fit(seed: int, rows: Path, folder: Path) -> None:
+    """Fits a judge on a bootstrap sample of the mined problems, and saves it."""
+    mined = datasets.load_from_disk(str(rows))
+    ids = np.asarray(mined["example_id"])
+    problems = np.unique(ids)
+    drawn = np.random.default_rng(seed).choice(problems, len(problems))
+    mined = mined.select(np.concatenate([np.flatnonzero(ids == i) for i in drawn]))
+    arguments = JudgeTrainingArguments(output_dir=str(folder), judge_type=NAME, seed=seed, C_grid=[C], max_iter=400)
+    trainer = JudgeTrainer(arguments, mined)
+    trainer.train()
+    trainer.save_model()
+
+
 def repeat(seed: int, args: argparse.Namespace) -> float:
     """Runs in a process of its own: the threshold that the judge of this seed chooses, tested."""
     torch.set_num_threads(1)
     folder = Path(args.output_dir) / f"seed-{seed}"
-    mined = mine(args.task, seed, args.num_mined, folder / "mined")
     if not (folder / "trained" / NAME).exists():
-        train(NAME, mined, folder / "trained")
+        fit(seed, Path(args.output_dir) / "rows", folder / "trained" / NAME)
     shared = {"task": args.task, "folder": folder, "draft_length": args.draft_length}
     validation = take(args.task, "validation", seed, args.num_validation)
     baseline = lossless(args, "validation", seed, args.num_validation, folder)
-    calibrate(NAME, baseline, problems=validation, thresholds=THRESHOLDS, max_drops=BUDGET, **shared)
+    calibrate(NAME, baseline, problems=validation, max_drops=BUDGET, **shared)
     threshold = AutoJudge.from_pretrained(folder / "calibrated" / NAME).config.threshold
     if threshold > 0.0:
         test((NAME, threshold), problems=take(args.task, "test", args.test_seed, args.num_test), **shared)
@@ -60,12 +76,17 @@ def main() -> None:
     parser.add_argument("--output_dir", default="runs/repeat")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(101, 111)))
     parser.add_argument("--test_seed", type=int, default=111)
-    parser.add_argument("--num_mined", type=int, default=200)
+    parser.add_argument("--mined", default="runs/compare/mined", help="what `compare_judges.py` has mined")
+    parser.add_argument("--mined_seed", type=int, default=21)
+    parser.add_argument("--num_mined", type=int, default=1500)
     parser.add_argument("--num_validation", type=int, default=1000)
     parser.add_argument("--num_test", type=int, default=2000)
     parser.add_argument("--draft_length", type=int, default=16)
     args = parser.parse_args()
     folder = Path(args.output_dir)
+    if not (folder / "rows").exists():
+        mined = mine(args.task, args.mined_seed, args.num_mined, Path(args.mined))
+        select_features(mined, **LEARNED[NAME][1]).save_to_disk(str(folder / "rows"))
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         baseline = pool.submit(lossless, args, "test", args.test_seed, args.num_test, folder)
         thresholds = dict(zip(args.seeds, pool.map(partial(repeat, args=args), args.seeds)))

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`cache_implementation="static"`: the same tokens from caches of a fixed shape, compiled once for it."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -179,6 +181,14 @@ def test_threads_have_allocations_of_their_own(random_pair, top_k):
     for thread in threads:
         thread.join()
     assert all(torch.equal(result, text) for result, text in zip(results, expected))
+
+
+def test_kept_memory_goes_with_the_model(top_k):
+    model = random_llama()
+    model.generate(PROMPT, assistant_model=similar_model(model), judge=top_k, max_new_tokens=4, **STATIC)
+    kept, model = weakref.ref(_kept[model]), None
+    gc.collect()
+    assert kept() is None
 
 
 def test_refused(random_pair, top_k):
