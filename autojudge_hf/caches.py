@@ -74,6 +74,7 @@ class FixedCache(StaticCache):
             torch._dynamo.mark_static_address(tensor)
         self.layers = [FixedLayer(max_length, self._start) for _ in self.layers]
         self.num_rows, self.max_length = num_rows, max_length
+        self.made_for = (num_rows, model.device, model.dtype)
         #: Tokens cached, on the host, and in how many rows.
         self.length, self.rows = 0, num_rows
         #: How many tokens a forward may have; any other number is filled up, or a prefill.
@@ -117,14 +118,14 @@ def take_fixed_cache(
 ) -> FixedCache | None:
     """An empty cache with room for `length` tokens and a forward of any of the widths behind them.
 
-    The one that the model's last call gave back, if it's large enough and has as many rows. Until it's given back it
-    belongs to this call. `None` for a model whose forward hasn't a fixed shape.
+    The one that the model's last call gave back, if it's large enough, has as many rows, and the model is where it
+    was. Until it's given back it belongs to this call. `None` for a model whose forward hasn't a fixed shape.
     """
     if not _has_fixed_shapes(model):
         return None
     length += max(widths)
     cache = _kept.pop(model, None)
-    if cache is None or cache.num_rows != num_rows or cache.max_length < length:
+    if cache is None or cache.made_for != (num_rows, model.device, model.dtype) or cache.max_length < length:
         cache = FixedCache(model, num_rows, -(-length // _GRANULARITY) * _GRANULARITY)
     cache.clear()
     cache.widths = widths

@@ -12,8 +12,9 @@ from test_architectures import FAMILIES, NEW_TOKENS, PROMPTS, worth_testing
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, StaticCache
 
+import autojudge_hf.generation
 from autojudge_hf import AutoJudge, JudgeConfig
-from autojudge_hf.caches import CACHE_NAME, FixedCache, _kept
+from autojudge_hf.caches import CACHE_NAME, FixedCache, _kept, rewind
 from autojudge_hf.tasks import GSM8K
 
 
@@ -62,8 +63,8 @@ def test_the_same_tokens_on_the_embedded_pair(target, draft, tokenizer, test_pro
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_lossless(family):
-    """Windows shorter than the text, learned positions, ALiBi: alone and in a ragged batch."""
+def test_lossless(family, monkeypatch):
+    """Windows shorter than the text, learned positions, ALiBi: alone and in a ragged batch; wrong keys are noticed."""
     model, assistant = worth_testing(family)
     options = {"assistant_model": assistant, "judge": AutoJudge.from_config(JudgeConfig(judge_type="top_k"))}
     options |= {"judge_threshold": 0.0, "max_new_tokens": NEW_TOKENS, "num_assistant_tokens": 5}
@@ -72,6 +73,14 @@ def test_lossless(family):
         output = model.generate(**inputs, **options, **STATIC)
         assert torch.equal(output.sequences, expected)
         assert 0 < output.num_matches.sum() < output.num_candidates.sum()
+
+    def rewind_to_wrong_keys(cache, removed):
+        rewind(cache, removed)
+        for layer in cache.layers if any(removed) else ():
+            layer.keys = layer.keys.roll(1, dims=2)
+
+    monkeypatch.setattr(autojudge_hf.generation, "rewind", rewind_to_wrong_keys)
+    assert not torch.equal(model.generate(**inputs, **options, **STATIC).sequences, expected)
     # These two have no forward that could be compiled whole; their caches grow, with a warning.
     assert isinstance(_kept.get(model), FixedCache) == (family not in ("gpt_neo", "mpt"))
 
@@ -181,6 +190,17 @@ def test_threads_have_allocations_of_their_own(random_pair, top_k):
     for thread in threads:
         thread.join()
     assert all(torch.equal(result, text) for result, text in zip(results, expected))
+
+
+def test_a_model_that_has_changed_its_dtype(top_k):
+    """The former allocation isn't for it."""
+    model = random_llama()
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        model = model.to(dtype)
+        options = {"assistant_model": similar_model(model), "judge": top_k, "judge_threshold": 0.0}
+        expected = model.generate(PROMPT, **options, max_new_tokens=20, **GREEDY)
+        assert same(model.generate(PROMPT, **options, max_new_tokens=20, **STATIC), expected)
+        assert _kept[model].layers[0].keys.dtype == dtype
 
 
 def test_kept_memory_goes_with_the_model(top_k):
