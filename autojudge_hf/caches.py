@@ -18,7 +18,7 @@ from transformers.cache_utils import (
     StaticLayer,
     StaticSlidingWindowLayer,
 )
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import CompileConfig, GenerateDecoderOnlyOutput
 
 
 if TYPE_CHECKING:
@@ -74,13 +74,14 @@ class FixedCache(StaticCache):
             torch._dynamo.mark_static_address(tensor)
         self.layers = [FixedLayer(max_length, self._start) for _ in self.layers]
         self.num_rows, self.max_length = num_rows, max_length
-        self.made_for = (num_rows, model.device, model.dtype)
+        self.made_for = _circumstances(model, num_rows)
         #: Tokens cached, on the host, and in how many rows.
         self.length, self.rows = 0, num_rows
         #: How many tokens a forward may have; any other number is filled up, or a prefill.
         self.widths: Sequence[int] = ()
         #: The model, compiled or not, while a call has the cache.
         self.forward: Callable[..., Any] | None = None
+        self.is_taken, self.is_warm = False, False
 
     def begin(self, rows: int, n: int, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Before a forward of `n` tokens: where these go, and the mask of shape `(num_rows, max_length)`."""
@@ -92,7 +93,13 @@ class FixedCache(StaticCache):
             self._mask[:rows, :end] = attention_mask.to(self._mask.device)
         return self._mask
 
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_taken:
+            raise ValueError("A static cache of judge decoding is the next call's, and can't be continued from.")
+        return super().update(*args, **kwargs)
+
     def crop(self, tokens_to_remove: int) -> None:
+        """As in every cache, the number is negative."""
         self.length += tokens_to_remove
 
     def clear(self) -> None:
@@ -104,49 +111,63 @@ class FixedCache(StaticCache):
                 layer.values.zero_()
 
 
-# One cache of a model outlives the call: its addresses are in the captured graphs.
-_kept: WeakKeyDictionary[PreTrainedModel, FixedCache] = WeakKeyDictionary()
+#: One cache of a model outlives the call: its addresses are in the captured graphs.
+kept_caches: WeakKeyDictionary[PreTrainedModel, FixedCache] = WeakKeyDictionary()
 _GRANULARITY = 256
+# Shapes times rows times models; behind the limit of 8, dynamo runs what it doesn't know eagerly from then on.
+_RECOMPILE_LIMIT = 64
 
 
 def take_fixed_cache(
     num_rows: int,
-    length: int,
     generation_config: GenerationConfig,
     model: PreTrainedModel,
+    length: int,
     widths: Sequence[int],
 ) -> FixedCache | None:
     """An empty cache with room for `length` tokens and a forward of any of the widths behind them.
 
-    The one that the model's last call gave back, if it's large enough, has as many rows, and the model is where it
-    was. Until it's given back it belongs to this call. `None` for a model whose forward hasn't a fixed shape.
+    The one that the model's last call gave back, if it's large enough and made for the same circumstances. Until it's
+    given back it belongs to this call. `None` for a model whose forward hasn't a fixed shape.
     """
     if not _has_fixed_shapes(model):
         return None
     length += max(widths)
-    cache = _kept.pop(model, None)
-    if cache is None or cache.made_for != (num_rows, model.device, model.dtype) or cache.max_length < length:
+    cache = kept_caches.pop(model, None)
+    if cache is None or cache.made_for != _circumstances(model, num_rows) or cache.max_length < length:
         cache = FixedCache(model, num_rows, -(-length // _GRANULARITY) * _GRANULARITY)
     cache.clear()
-    cache.widths = widths
-    cache.forward = model
+    cache.widths, cache.forward, cache.is_taken = widths, model, True
     if model._valid_auto_compile_criteria({CACHE_NAME: cache}, generation_config):
-        cache.forward = model.get_compiled_call(generation_config.compile_config)
-        # What collects hidden states is installed by the first pass that asks for them, which mustn't be compiled.
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), output_hidden_states=True)
+        config = generation_config.compile_config or CompileConfig(dynamic=False)
+        cache.forward = model.get_compiled_call(config)
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, _RECOMPILE_LIMIT)
+        if not cache.is_warm:
+            # What collects hidden states is installed by the first pass that asks for them, and can't be compiled.
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), output_hidden_states=True)
+            cache.is_warm = True
     return cache
 
 
 def give_fixed_cache_back(model: PreTrainedModel, cache: FixedCache) -> None:
-    cache.forward = None  # or it would keep the model alive
-    _kept[model] = cache
+    cache.forward, cache.is_taken = None, False  # or it would keep the model alive
+    kept_caches[model] = cache
+
+
+def _circumstances(model: PreTrainedModel, num_rows: int) -> tuple:
+    """What keys and values depend on: shape, place, dtype, and whether they may be written to."""
+    kind = model.device.type
+    return num_rows, model.device, model.dtype, torch.is_autocast_enabled(kind), torch.is_inference_mode_enabled()
 
 
 def _has_fixed_shapes(model: PreTrainedModel) -> bool:
     layers = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=1).layers
     is_attention = all(type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in layers)
     devices = set(getattr(model, "hf_device_map", {"": 0}).values())
-    return model._can_compile_fullgraph and is_attention and len(devices) == 1
+    # Others take the mask to end with the newest token.
+    reads_masks = model.config._attn_implementation in ("sdpa", "eager")
+    return model._can_compile_fullgraph and is_attention and reads_masks and len(devices) == 1
 
 
 def num_cached(cache: Cache) -> int:
@@ -234,8 +255,9 @@ def _shrink_fixed(cache: FixedCache, rows: Sequence[int], num_columns: int) -> N
     first = max(0, cache.length - num_columns)
     if first == 0 and len(rows) == cache.rows:
         return
+    device = cache._start.device
+    kept = slice(cache.rows) if len(rows) == cache.rows else torch.tensor(rows, device=device)
     for layer in cache.layers if cache.length else ():
         for x in (layer.keys, layer.values):
-            # Indexed by a list, it's a copy.
-            x[: len(rows), :, : cache.length - first] = x[list(rows), :, first : cache.length]
+            x[: len(rows), :, : cache.length - first] = x[kept, :, first : cache.length].clone()
     cache.rows, cache.length = len(rows), cache.length - first

@@ -31,7 +31,7 @@ class JudgeCandidateGenerator(CandidateGenerator):
         num_assistant_tokens (`int`): candidates per cycle.
         do_sample (`bool`): whether to draw the candidates rather than take the best.
         eos_token_ids (`set[int]`): the target's. A draft ends when every row has one, unless the cache is a
-            [`FixedCache`]: there the next candidate is to be under way before this one is known on the host.
+            [`FixedCache`]: there the host doesn't wait to see.
         output_states (`bool`, *optional*, defaults to `False`): whether to keep the assistant's hidden states; the
             state of the last candidate costs one more pass per cycle.
         output_logits (`bool`, *optional*, defaults to `False`): whether to return the logits of a greedy draft, too.

@@ -31,7 +31,10 @@ from .verification import harmless, verify_greedy, verify_sampled
 
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+    from transformers.cache_utils import Cache
     from transformers.generation import CandidateGenerator
     from transformers.generation.streamers import BaseStreamer
 
@@ -136,15 +139,14 @@ def judge_decoding(
     max_length = min((limit for limit in limits if limit), default=math.inf)
     cache, assistant_cache = model_kwargs[CACHE_NAME], None
     if generation_config.cache_implementation == "static":
-        longest = min(max_length, input_ids.shape[1] + max(stop.max_new_tokens))
-        fixed = functools.partial(take_fixed_cache, len(input_ids), longest, generation_config)
-        cache = fixed(model, draft_length.widths)
-        if cache is None:
-            warn_once(f"{type(model).__name__} has no forward of a fixed shape, and so no static cache. It grows.")
-            cache = rewindable_cache(model)
+        budget = max(stop.max_new_tokens)
+        fixed = functools.partial(_fixed_or_growing, len(input_ids), generation_config)
+        longest = input_ids.shape[1] + budget
+        cache = fixed(model, longest, sorted({min(width, budget) for width in draft_length.widths}))
         if assistant_model is not None:
-            # The newest token, and one more where the last candidate was accepted.
-            assistant_cache = fixed(assistant_model, [1, 2])
+            # The newest token, and one more where the last candidate was accepted. A row that has no room left drafts
+            # as far as the others.
+            assistant_cache = fixed(assistant_model, longest + min(draft_length.longest, budget), [1, 2])
     else:
         cache.activate_past_recording()
     drafter = candidate_generator
@@ -180,7 +182,6 @@ def judge_decoding(
         drafted = draft_length.now(model.device)
         candidate_ids = sequence[:, rows.input_ids.shape[1] :]
         k = candidate_ids.shape[1]
-        num_candidates = _num_candidates(candidate_ids, room, eos_token_ids, drafter.lengths)
 
         attention_mask = rows.attention_mask
         if attention_mask is not None:
@@ -212,6 +213,7 @@ def judge_decoding(
             is_harmless = harmless(judge(inputs), threshold)
             # Logit features of a candidate that processors forbid are infinite, and no cause for alarm.
             all_finite &= torch.isfinite(inputs.features[..., :num_state_features]).all()
+        num_candidates = _num_candidates(candidate_ids, room, eos_token_ids, drafter.lengths)
         if generation_config.do_sample:
             verification = verify_sampled(candidate_ids, processed, assistant_logits, is_harmless, num_candidates)
         else:
@@ -263,6 +265,16 @@ def judge_decoding(
     # A batch's cache has lost the rows that finished first.
     reusable = {CACHE_NAME: cache} if len(input_ids) == 1 else {}
     return JudgeDecoderOnlyOutput(sequences, **kept.output(), **reusable, **totals)
+
+
+def _fixed_or_growing(
+    num_rows: int, generation_config: GenerationConfig, model: PreTrainedModel, length: int, widths: Sequence[int]
+) -> Cache:
+    cache = take_fixed_cache(num_rows, generation_config, model, length, widths)
+    if cache is None:
+        warn_once(f"{type(model).__name__} has no forward of a fixed shape here, and so no static cache. It grows.")
+        cache = rewindable_cache(model)
+    return cache
 
 
 def _num_candidates(
