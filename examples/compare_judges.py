@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure_judge import MAX_NEW_TOKENS, TASKS, load_pair, take
+from measure_judge import MAX_NEW_TOKENS, TASKS, decode, load_pair, take
 from measure_oracle import cycles, ways_of_the_search
 from tqdm import tqdm
 
@@ -34,12 +34,10 @@ from autojudge_hf import (
     JudgeTrainingArguments,
     calibrate_threshold,
     evaluation_summary,
-    judge_decoding,
     mine_mismatches,
     select_features,
     symbol_token_ids,
 )
-from autojudge_hf.evaluation import measure_decoding
 from autojudge_hf.plots import plot_trade_off
 
 
@@ -155,31 +153,6 @@ def calibrate(
 def untimed(rows: list[dict]) -> list[dict]:
     """Passes run beside each other, so that their speed says nothing."""
     return [{**row, "speedup": None} for row in rows]
-
-
-def decode(
-    task: str, problems: list[dict], judge, threshold: float | None, draft_length: int, batch_size: int
-) -> dict:
-    """`measure_decoding`, lossless without a judge."""
-    model, draft, tokenizer = load_pair()
-    loop = partial(judge_decoding, assistant_model=draft, num_assistant_tokens=draft_length)
-    if judge is not None:
-        loop = partial(loop, judge=judge, judge_threshold=threshold)
-    row = measure_decoding(
-        model,
-        tokenizer,
-        problems,
-        TASKS[task][0],
-        "lossless" if judge is None else f"{judge.judge_type} at {threshold:.3g}",
-        max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=batch_size,
-        custom_generate=loop,
-        assistant_model=draft,
-        do_sample=False,
-        return_dict_in_generate=True,
-    )
-    del row["texts"]
-    return row
 
 
 def test(point: tuple[str, float | None], task: str, problems: list[dict], folder: Path, draft_length: int) -> dict:

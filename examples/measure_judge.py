@@ -27,10 +27,11 @@ from autojudge_hf import (
     JudgeTrainer,
     JudgeTrainingArguments,
     calibrate_threshold,
-    evaluate_judge,
     evaluation_summary,
+    judge_decoding,
     mine_mismatches,
 )
+from autojudge_hf.evaluation import measure_decoding
 from autojudge_hf.tasks import GSM8K, LiveCodeBench, Task
 
 
@@ -98,6 +99,31 @@ def take(task: str, split: str, seed: int, n: int) -> list[dict]:
     return list(itertools.islice(TASKS[task][1](split, seed), n))
 
 
+def decode(
+    task: str, problems: list[dict], judge, threshold: float | None, draft_length: int, batch_size: int
+) -> dict:
+    """`measure_decoding` of the embedded pair, lossless without a judge."""
+    model, draft, tokenizer = load_pair()
+    loop = functools.partial(judge_decoding, assistant_model=draft, num_assistant_tokens=draft_length)
+    if judge is not None:
+        loop = functools.partial(loop, judge=judge, judge_threshold=threshold)
+    row = measure_decoding(
+        model,
+        tokenizer,
+        problems,
+        TASKS[task][0],
+        "lossless" if judge is None else f"{judge.judge_type} at {threshold:.3g}",
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=batch_size,
+        custom_generate=loop,
+        assistant_model=draft,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    del row["texts"]
+    return row
+
+
 def show(row: dict, lossless: dict) -> None:
     name = "lossless" if row["threshold"] is None else f"threshold {row['threshold']:.4f}"
     gain = row["tokens_per_cycle"] / lossless["tokens_per_cycle"]
@@ -109,7 +135,7 @@ def show(row: dict, lossless: dict) -> None:
     )
 
 
-def make_judge(args: argparse.Namespace, options: dict[str, Any]) -> None:
+def make_judge(args: argparse.Namespace) -> None:
     """Mines, fits, chooses the threshold on validation problems, and saves."""
     folder, (task, _, dataset) = Path(args.output_dir), TASKS[args.task]
     model, draft, tokenizer = load_pair()
@@ -145,9 +171,11 @@ def make_judge(args: argparse.Namespace, options: dict[str, Any]) -> None:
         task,
         trainer.judge,
         thresholds=args.thresholds,
-        max_drops={"1 point": 0.01},
+        max_drops={"1 point": 0.01, "2 points": 0.02},
         dataset_name=dataset,
-        **options,
+        num_assistant_tokens=args.num_assistant_tokens,
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=args.batch_size,
     )
     print(f"\n{len(examples)} validation problems, draft length {args.num_assistant_tokens}")
     rows = trainer.judge.config.evaluation
@@ -156,18 +184,22 @@ def make_judge(args: argparse.Namespace, options: dict[str, Any]) -> None:
     trainer.save_model()
 
 
-def test_judges(args: argparse.Namespace, options: dict[str, Any]) -> None:
-    """Decodes test problems with each judge at the threshold it has."""
-    task, _, dataset = TASKS[args.task]
+def test_judges(args: argparse.Namespace) -> None:
+    """Decodes test problems with each judge, at the thresholds that it has for 1 point and for 2."""
+    dataset, length = TASKS[args.task][2], args.num_assistant_tokens
     examples = take(args.task, "test", args.test_seed, args.num_test)
-    print(f"{len(examples)} fresh test problems, used once, draft length {args.num_assistant_tokens}")
+    measure = functools.partial(decode, args.task, examples, draft_length=length, batch_size=args.batch_size)
+    lossless = {"threshold": None, **measure(None, None)}
+    print(f"{len(examples)} fresh test problems, used once, draft length {length}")
     for folder in args.judges:
         judge = AutoJudge.from_pretrained(folder)
-        rows = evaluate_judge(*load_pair(), examples, task, judge, thresholds=[judge.config.threshold], **options)
-        rows = evaluation_summary(rows, dataset=dataset, split="test", num_assistant_tokens=args.num_assistant_tokens)
-        print(f"\n{folder}")
+        thresholds = sorted({*judge.config.thresholds.values()} - {0.0})
+        judged = [{"threshold": threshold, **measure(judge, threshold)} for threshold in thresholds]
+        rows = evaluation_summary([lossless, *judged], dataset=dataset, split="test", num_assistant_tokens=length)
+        print(f"\n{folder}: {judge.config.thresholds}")
         for row in rows:
             show(row, rows[0])
+        # What it did on the other task stays.
         others = [row for row in judge.config.evaluation if (row["dataset"], row["split"]) != (dataset, "test")]
         judge.config.evaluation = others + rows
         judge.save_pretrained(folder)
@@ -189,9 +221,10 @@ def main() -> None:
     parser.add_argument("--num_threads", type=int, default=2, help="1 where two of these run beside each other")
     args = parser.parse_args()
     torch.set_num_threads(args.num_threads)
-    options = {"num_assistant_tokens": args.num_assistant_tokens, "max_new_tokens": MAX_NEW_TOKENS}
-    options["batch_size"] = args.batch_size
-    (test_judges if args.judges else make_judge)(args, options)
+    if args.judges:
+        test_judges(args)
+    else:
+        make_judge(args)
 
 
 if __name__ == "__main__":
