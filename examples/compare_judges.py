@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure_judge import MAX_NEW_TOKENS, TASKS, decode, load_pair, take
+from measure_judge import MAX_NEW_TOKENS, TASKS, decode, load_pair, take, untimed
 from measure_oracle import cycles, ways_of_the_search
 from tqdm import tqdm
 
@@ -148,11 +148,6 @@ def calibrate(
     )
     judge.config.evaluation = untimed(judge.config.evaluation)
     judge.save_pretrained(path)
-
-
-def untimed(rows: list[dict]) -> list[dict]:
-    """Passes run beside each other, so that their speed says nothing."""
-    return [{**row, "speedup": None} for row in rows]
 
 
 def test(point: tuple[str, float | None], task: str, problems: list[dict], folder: Path, draft_length: int) -> dict:

@@ -5,13 +5,16 @@
 
 Every seed draws its mining set from the problems that `compare_judges.py` has mined, as many as there are, with
 replacement (a bootstrap: mining ten times would take two hours more), fits a judge, and calibrates it on validation
-problems that no other seed has. Then all are tested, at the threshold they chose, on the same fresh test problems. Two
-seeds run beside each other, a thread each; interrupted, the same command goes on where it was.
+problems that no other seed has. Each is tested twice, at the threshold it chose: on test problems that are the same
+for all, and on the problems that the next two seeds calibrated on, of which it knows nothing. Two passes run beside
+each other, a thread each; interrupted, the same command goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -20,8 +23,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from compare_judges import BATCH_SIZE, LEARNED, calibrate, decode, kept, mine, per_cycle, test
-from measure_judge import take
+from compare_judges import BATCH_SIZE, LEARNED, calibrate, kept, mine
+from measure_judge import decode, take
 
 from autojudge_hf import AutoJudge, JudgeTrainer, JudgeTrainingArguments, select_features
 from autojudge_hf.evaluation import paired_interval
@@ -30,15 +33,16 @@ from autojudge_hf.evaluation import paired_interval
 NAME, BUDGET = "mlp", {"1 point": 0.01}
 #: Chosen by cross-validation in `compare_judges.py`.
 C = 0.01
+#: Split, seed and number.
+Problems = tuple[str, int, int]
 
 
-def lossless(args: argparse.Namespace, split: str, seed: int, n: int, folder: Path) -> dict:
-    """Runs in a process of its own: the baseline on a split."""
+def lossless(problems: Problems, args: argparse.Namespace) -> dict:
+    """Runs in a process of its own: the baseline."""
     torch.set_num_threads(1)
-    problems = take(args.task, split, seed, n)
-    folder.mkdir(parents=True, exist_ok=True)
-    make = partial(decode, args.task, problems, None, None, args.draft_length, BATCH_SIZE)
-    return {"threshold": None, **kept(folder / f"{split}-lossless.json", make)}
+    split, seed, n = problems
+    make = partial(decode, args.task, take(args.task, split, seed, n), None, None, args.draft_length, BATCH_SIZE)
+    return {"threshold": None, **kept(Path(args.output_dir) / f"lossless-{split}-{seed}.json", make)}
 
 
 def fit(seed: int, rows: Path, folder: Path) -> None:
@@ -54,20 +58,60 @@ def fit(seed: int, rows: Path, folder: Path) -> None:
     trainer.save_model()
 
 
-def repeat(seed: int, args: argparse.Namespace) -> float:
-    """Runs in a process of its own: the threshold that the judge of this seed chooses, tested."""
+def choose(seed: int, args: argparse.Namespace) -> float:
+    """Runs in a process of its own: the threshold that the judge of this seed chooses."""
     torch.set_num_threads(1)
     folder = Path(args.output_dir) / f"seed-{seed}"
     if not (folder / "trained" / NAME).exists():
         fit(seed, Path(args.output_dir) / "rows", folder / "trained" / NAME)
-    shared = {"task": args.task, "folder": folder, "draft_length": args.draft_length}
     validation = take(args.task, "validation", seed, args.num_validation)
-    baseline = lossless(args, "validation", seed, args.num_validation, folder)
-    calibrate(NAME, baseline, problems=validation, max_drops=BUDGET, **shared)
-    threshold = AutoJudge.from_pretrained(folder / "calibrated" / NAME).config.threshold
-    if threshold > 0.0:
-        test((NAME, threshold), problems=take(args.task, "test", args.test_seed, args.num_test), **shared)
-    return threshold
+    baseline = lossless(("validation", seed, args.num_validation), args)
+    calibrate(NAME, baseline, args.task, validation, folder, args.draft_length, max_drops=BUDGET)
+    return AutoJudge.from_pretrained(folder / "calibrated" / NAME).config.threshold
+
+
+def judged(point: tuple[int, float, Problems], args: argparse.Namespace) -> dict:
+    """Runs in a process of its own: problems decoded with the judge of a seed, at its threshold."""
+    judge_seed, threshold, problems = point
+    if threshold == 0.0:
+        return lossless(problems, args)
+    torch.set_num_threads(1)
+    folder, (split, seed, n) = Path(args.output_dir) / f"seed-{judge_seed}", problems
+    judge = AutoJudge.from_pretrained(folder / "calibrated" / NAME)
+    make = partial(decode, args.task, take(args.task, split, seed, n), judge, threshold, args.draft_length, BATCH_SIZE)
+    return kept(folder / f"{split}-{seed}-{threshold}.json", make)
+
+
+def points(first: Sequence[float], second: Sequence[float]) -> str:
+    """What is lost from the first to the second, with its 95 % interval."""
+    low, high = paired_interval(first, second)
+    return f"{100 * (np.mean(first) - np.mean(second)):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def report(thresholds: dict[int, float], tests: dict[int, list[Problems]], rows: dict, baselines: dict) -> None:
+    """The table, how many keep to the budget, and what all of them lose on the problems of other seeds."""
+    print("\n| seed | threshold | drop, test problems | drop, other seeds' problems | tokens per cycle there |")
+    print("| --- | --- | --- | --- | --- |")
+    num_kept, rights = [0, 0], defaultdict(list)
+    for seed, threshold in thresholds.items():
+        cells, (test, *others) = [], tests[seed]
+        for i, problems in enumerate(([test], others)):
+            before = [right for p in problems for right in baselines[p]["correct"]]
+            after = [right for p in problems for right in rows[seed, threshold, p]["correct"]]
+            num_kept[i] += np.mean(before) - np.mean(after) <= BUDGET["1 point"]
+            cells.append(points(before, after))
+        for p in others:
+            rights[p].append(rows[seed, threshold, p]["correct"])
+        rates = [
+            sum(sum(x["num_tokens"]) for x in of) / sum(sum(x["num_target_forwards"]) for x in of)
+            for of in ([baselines[p] for p in others], [rows[seed, threshold, p] for p in others])
+        ]
+        cells.append(f"{rates[1]:.2f} ({rates[1] / rates[0]:.2f}x)")
+        print(f"| {seed} | {threshold} | " + " | ".join(cells) + " |")
+    print(f"\nof {len(thresholds)}, {num_kept[0]} keep to 1 point on the test problems, {num_kept[1]} on the others")
+    before = [right for p in rights for right in baselines[p]["correct"]]
+    after = [float(np.mean(of)) for judges in rights.values() for of in zip(*judges)]
+    print(f"all judges on the {len(before)} others: {points(before, after)} points")
 
 
 def main() -> None:
@@ -87,27 +131,18 @@ def main() -> None:
     if not (folder / "rows").exists():
         mined = mine(args.task, args.mined_seed, args.num_mined, Path(args.mined))
         select_features(mined, **LEARNED[NAME][1]).save_to_disk(str(folder / "rows"))
+    test, n = ("test", args.test_seed, args.num_test), args.num_validation
+    tests = {
+        seed: [test, *(("validation", args.seeds[(i + j) % len(args.seeds)], n) for j in (1, 2))]
+        for i, seed in enumerate(args.seeds)
+    }
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        baseline = pool.submit(lossless, args, "test", args.test_seed, args.num_test, folder)
-        thresholds = dict(zip(args.seeds, pool.map(partial(repeat, args=args), args.seeds)))
-        baseline = baseline.result()
-
-    print(f"\n{args.num_test} test problems, draft length {args.draft_length}; drop in points, 95 % intervals")
-    print(f"lossless: accuracy {baseline['accuracy']:.1%}, tokens/cycle {per_cycle(baseline):.2f}\n")
-    print("| seed | threshold | accuracy | drop | tokens per cycle |\n| --- | --- | --- | --- | --- |")
-    num_kept = 0
-    for seed, threshold in thresholds.items():
-        path = folder / f"seed-{seed}" / f"test-{NAME}-{threshold}.json"
-        row = baseline if threshold == 0.0 else kept(path, dict)
-        drop = baseline["accuracy"] - row["accuracy"]
-        low, high = paired_interval(baseline["correct"], row["correct"])
-        num_kept += drop <= BUDGET["1 point"]
-        gain = per_cycle(row) / per_cycle(baseline)
-        print(
-            f"| {seed} | {threshold} | {row['accuracy']:.1%} | {100 * drop:.1f} [{100 * low:.1f}, {100 * high:.1f}] | "
-            f"{per_cycle(row):.2f} ({gain:.2f}x) |"
-        )
-    print(f"\n{num_kept} of {len(thresholds)} keep to {next(iter(BUDGET))} on the test problems.")
+        thresholds = dict(zip(args.seeds, pool.map(partial(choose, args=args), args.seeds)))
+        passes = [(seed, thresholds[seed], problems) for seed in args.seeds for problems in tests[seed]]
+        sets = sorted({problems for _, _, problems in passes})
+        baselines = dict(zip(sets, pool.map(partial(lossless, args=args), sets)))
+        rows = dict(zip(passes, pool.map(partial(judged, args=args), passes)))
+    report(thresholds, tests, rows, baselines)
 
 
 if __name__ == "__main__":
