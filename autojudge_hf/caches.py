@@ -157,8 +157,7 @@ def give_fixed_cache_back(model: PreTrainedModel, cache: FixedCache) -> None:
 
 def _circumstances(model: PreTrainedModel, num_rows: int) -> tuple:
     """What keys and values depend on: shape, place, dtype, and whether they may be written to."""
-    kind = model.device.type
-    return num_rows, model.device, model.dtype, torch.is_autocast_enabled(kind), torch.is_inference_mode_enabled()
+    return num_rows, model.device, model.dtype, torch.is_inference_mode_enabled()
 
 
 def _has_fixed_shapes(model: PreTrainedModel) -> bool:
@@ -167,7 +166,9 @@ def _has_fixed_shapes(model: PreTrainedModel) -> bool:
     devices = set(getattr(model, "hf_device_map", {"": 0}).values())
     # Others take the mask to end with the newest token.
     reads_masks = model.config._attn_implementation in ("sdpa", "eager")
-    return model._can_compile_fullgraph and is_attention and reads_masks and len(devices) == 1
+    # Under autocast keys and values may differ in dtype.
+    is_cast = torch.is_autocast_enabled(model.device.type)
+    return model._can_compile_fullgraph and is_attention and reads_masks and len(devices) == 1 and not is_cast
 
 
 def num_cached(cache: Cache) -> int:
