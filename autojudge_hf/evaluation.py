@@ -106,7 +106,7 @@ def calibrate_threshold(
     *,
     thresholds: Sequence[float],
     max_drops: Mapping[str, float] = MappingProxyType({"1 point": 0.01, "5 points": 0.05}),
-    confidence: float = 0.9,
+    confidence: float = 0.975,
     lossless: dict[str, Any] | None = None,
     dataset_name: str,
     split: str = "validation",
@@ -129,7 +129,8 @@ def calibrate_threshold(
         thresholds (`Sequence[float]`): values to try.
         max_drops (`Mapping[str, float]`, *optional*): names and budgets, shares of all examples that may be lost.
             Defaults to `"1 point"` and `"5 points"`.
-        confidence (`float`, *optional*, defaults to 0.9): of the drop's one-sided bound (paired bootstrap).
+        confidence (`float`, *optional*, defaults to 0.975): of the drop's one-sided bound (paired bootstrap), the
+            upper end of a 95 % interval. Lower ones gain more and keep their promise less often.
         lossless (`dict`, *optional*): the first row that an earlier call returned for these examples and this draft
             length, where several judges are calibrated on them.
         dataset_name, split (`str`): for `evaluation_summary`.

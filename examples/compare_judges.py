@@ -140,6 +140,7 @@ def calibrate(
         judge,
         thresholds=THRESHOLDS[name],
         max_drops=max_drops,
+        confidence=0.9,
         lossless=lossless,
         dataset_name=TASKS[task][2],
         num_assistant_tokens=draft_length,

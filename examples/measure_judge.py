@@ -177,6 +177,7 @@ def make_judge(args: argparse.Namespace) -> None:
         trainer.judge,
         thresholds=args.thresholds,
         max_drops={"1 point": 0.01, "2 points": 0.02},
+        confidence=0.9,
         dataset_name=dataset,
         num_assistant_tokens=args.num_assistant_tokens,
         max_new_tokens=MAX_NEW_TOKENS,
