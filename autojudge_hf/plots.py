@@ -48,7 +48,8 @@ def plot_trade_off(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: str 
     axes.set_ylabel("accuracy, %")
     axes.set_title("star: lossless; numbers: thresholds; bars: 95 % of the paired drop", fontsize=10)
     axes.grid(alpha=0.25)
-    axes.legend()
+    # Below the axes: names of data sets are long.
+    figure.legend(loc="outside lower center", ncols=1 if max(map(len, curves), default=0) > 24 else 4, fontsize=8)
     figure.savefig(path, dpi=120, format="png", metadata={"Software": None, "Description": digest(curves)})
 
 
