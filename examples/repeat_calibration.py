@@ -6,8 +6,8 @@
 Every seed draws its mining set from the problems that `compare_judges.py` has mined, as many as there are, with
 replacement (a bootstrap: mining ten times would take two hours more), fits a judge, and calibrates it on validation
 problems that no other seed has, to be sure to 90 %, and to 97.5 %. Each is tested on the problems that the next two
-seeds calibrated on, of which it knows nothing; at 90 % also on test problems that are the same for all. Two passes run
-beside each other, a thread each; interrupted, the same command goes on where it was.
+seeds calibrated on, of which it knows nothing, and on test problems that are the same for all. Two passes run beside
+each other, a thread each; interrupted, the same command goes on where it was.
 """
 
 from __future__ import annotations
@@ -133,12 +133,15 @@ def main() -> None:
     seeds, n = args.seeds, args.num_validation
     test = {seed: [("test", args.test_seed, args.num_test)] for seed in seeds}
     others = {seed: [("validation", seeds[(i + j) % len(seeds)], n) for j in (1, 2)] for i, seed in enumerate(seeds)}
+    # For what was chosen after the others had been looked at.
+    fresh = {seed: [("test", args.test_seed + 1, n)] for seed in seeds}
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         at_90, at_97 = (dict(zip(seeds, of)) for of in zip(*pool.map(partial(choose, args=args), seeds)))
         plans = (
             ("sure to 90 %, other seeds' problems", at_90, others),
             ("sure to 90 %, test problems", at_90, test),
             ("sure to 97.5 %, other seeds' problems", at_97, others),
+            ("sure to 97.5 %, other test problems", at_97, fresh),
         )
         passes = [(seed, chosen[seed], p) for _, chosen, tests in plans for seed in seeds for p in tests[seed]]
         passes = list(dict.fromkeys(passes))
