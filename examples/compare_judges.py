@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure_judge import MAX_NEW_TOKENS, TASKS, decode, load_pair, take, untimed
+from measure_judge import MAX_NEW_TOKENS, TASKS, decode, load_pair, mine, take, untimed
 from measure_oracle import cycles, ways_of_the_search
 from tqdm import tqdm
 
@@ -34,7 +34,6 @@ from autojudge_hf import (
     JudgeTrainingArguments,
     calibrate_threshold,
     evaluation_summary,
-    mine_mismatches,
     select_features,
     symbol_token_ids,
 )
@@ -74,24 +73,11 @@ def kept(path: Path, make: Callable[[], Any]) -> Any:
     return json.loads(path.read_text())
 
 
-def mine(task: str, seed: int, n: int, folder: Path):
+def mine_all(task: str, seed: int, n: int, folder: Path):
     """Mismatches of `n` training problems, with all that any judge here reads."""
-    model, draft, tokenizer = load_pair()
-    return mine_mismatches(
-        model,
-        draft,
-        tokenizer,
-        take(task, "train", seed, n),
-        TASKS[task][0],
-        max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=BATCH_SIZE,
-        num_assistant_tokens=8,
-        state_position="both",
-        assistant_states=True,
-        logit_features=True,
-        assistant_logit_features=True,
-        output_dir=folder,
-    )
+    features = {"state_position": "both", "assistant_states": True}
+    features |= {"logit_features": True, "assistant_logit_features": True}
+    return mine(task, take(task, "train", seed, n), folder, **features)
 
 
 def train(name: str, mined, folder: Path) -> None:
@@ -269,7 +255,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(2)
     folder = Path(args.output_dir)
-    mined = mine(args.task, args.seed, args.num_mined, folder / "mined")
+    mined = mine_all(args.task, args.seed, args.num_mined, folder / "mined")
     for name in args.judges:
         if name in LEARNED and not (folder / "trained" / name).exists():
             train(name, mined, folder / "trained")

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -99,6 +100,20 @@ def take(task: str, split: str, seed: int, n: int) -> list[dict]:
     return list(itertools.islice(TASKS[task][1](split, seed), n))
 
 
+def mine(task: str, problems: list[dict], folder: Path, **features: Any) -> datasets.Dataset:
+    """`mine_mismatches` with the embedded pair; `features` are its arguments about these."""
+    return mine_mismatches(
+        *load_pair(),
+        problems,
+        TASKS[task][0],
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=32,
+        num_assistant_tokens=8,
+        output_dir=folder,
+        **features,
+    )
+
+
 def decode(
     task: str, problems: list[dict], judge, threshold: float | None, draft_length: int, batch_size: int
 ) -> dict:
@@ -144,19 +159,8 @@ def make_judge(args: argparse.Namespace) -> None:
     """Mines, fits, chooses the threshold on validation problems, and saves."""
     folder, (task, _, dataset) = Path(args.output_dir), TASKS[args.task]
     model, draft, tokenizer = load_pair()
-    mined = mine_mismatches(
-        model,
-        draft,
-        tokenizer,
-        take(args.task, "train", args.seed, args.num_mined),
-        task,
-        max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=32,
-        num_assistant_tokens=8,
-        state_position="both",
-        logit_features=True,
-        output_dir=folder / "mined",
-    )
+    problems = take(args.task, "train", args.seed, args.num_mined)
+    mined = mine(args.task, problems, folder / "mined", state_position="both", logit_features=True)
     print(f"{len(mined)} mismatches, {sum(mined['label']) / len(mined):.1%} important")
     arguments = JudgeTrainingArguments(
         output_dir=str(folder / "judge"),

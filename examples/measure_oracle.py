@@ -15,10 +15,10 @@ import itertools
 from pathlib import Path
 
 import torch
-from measure_judge import MAX_NEW_TOKENS, TASKS, load_pair, take
+from measure_judge import MAX_NEW_TOKENS, TASKS, load_pair, mine, take
 from tqdm import tqdm
 
-from autojudge_hf import AutoJudge, evaluate_judge, mine_mismatches
+from autojudge_hf import AutoJudge, evaluate_judge
 
 
 def cycles(start: int, end: int, important: list[int], draft_length: int) -> int:
@@ -47,19 +47,8 @@ def way_of_the_search(model, tokenizer, prompt: list[int], rows: list[dict]) -> 
 
 def ways_of_the_search(task: str, problems: list[dict], folder: Path) -> list[tuple[int, int, list[int]]]:
     """`way_of_the_search` of each problem, all of which are mined into `folder`."""
-    model, draft, tokenizer = load_pair()
-    mined = mine_mismatches(
-        model,
-        draft,
-        tokenizer,
-        problems,
-        TASKS[task][0],
-        max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=32,
-        num_assistant_tokens=8,
-        features_dtype=None,
-        output_dir=folder,
-    )
+    model, _, tokenizer = load_pair()
+    mined = mine(task, problems, folder, features_dtype=None)
     rows = mined.remove_columns(["features", "pair"]).to_list()
     print(f"{len(problems)} problems, {len(rows)} mismatches, {sum(mined['label']) / max(1, len(rows)):.1%} important")
     found = {i: list(group) for i, group in itertools.groupby(rows, key=lambda row: row["example_id"])}

@@ -24,7 +24,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from compare_judges import BATCH_SIZE, LEARNED, calibrate, kept, mine
+from compare_judges import BATCH_SIZE, LEARNED, calibrate, kept, mine_all
 from measure_judge import decode, take
 
 from autojudge_hf import AutoJudge, JudgeTrainer, JudgeTrainingArguments, select_features
@@ -128,7 +128,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = Path(args.output_dir)
     if not (folder / "rows").exists():
-        mined = mine(args.task, args.mined_seed, args.num_mined, Path(args.mined))
+        mined = mine_all(args.task, args.mined_seed, args.num_mined, Path(args.mined))
         select_features(mined, **LEARNED[NAME][1]).save_to_disk(str(folder / "rows"))
     seeds, n = args.seeds, args.num_validation
     test = {seed: [("test", args.test_seed, args.num_test)] for seed in seeds}

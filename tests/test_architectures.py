@@ -85,6 +85,17 @@ def worth_testing(family):
     raise AssertionError(f"no random {family} is worth testing")
 
 
+def rewind_to_wrong_keys(monkeypatch):
+    """Corrupts every target cache from here on."""
+
+    def wrong(cache, removed):
+        rewind(cache, removed)
+        for layer in cache.layers if any(removed) else ():
+            layer.keys = layer.keys.roll(1, dims=2)
+
+    monkeypatch.setattr(autojudge_hf.generation, "rewind", wrong)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lossless(family, monkeypatch):
@@ -108,12 +119,7 @@ def test_lossless(family, monkeypatch):
             assert torch.equal(output.sequences, expected)
             assert 0 < output.num_matches.sum() < output.num_candidates.sum()
 
-    def rewind_to_wrong_keys(cache, removed):
-        rewind(cache, removed)
-        for layer in cache.layers if any(removed) else ():
-            layer.keys = layer.keys.roll(1, dims=2)
-
-    monkeypatch.setattr(autojudge_hf.generation, "rewind", rewind_to_wrong_keys)
+    rewind_to_wrong_keys(monkeypatch)
     options = {"assistant_model": assistant, "judge": top_k, "judge_threshold": 0.0, "num_assistant_tokens": 5}
     assert not torch.equal(model.generate(**batch, **greedy, **options), expected)
 

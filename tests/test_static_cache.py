@@ -9,13 +9,12 @@ import weakref
 import pytest
 import torch
 from conftest import PROMPT, left_padded, random_llama, similar_model
-from test_architectures import FAMILIES, NEW_TOKENS, PROMPTS, worth_testing
+from test_architectures import FAMILIES, NEW_TOKENS, PROMPTS, rewind_to_wrong_keys, worth_testing
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, StaticCache
 
-import autojudge_hf.generation
 from autojudge_hf import AutoJudge, JudgeConfig
-from autojudge_hf.caches import CACHE_NAME, FixedCache, kept_caches, rewind
+from autojudge_hf.caches import CACHE_NAME, FixedCache, kept_caches
 from autojudge_hf.tasks import GSM8K
 
 
@@ -75,12 +74,7 @@ def test_lossless(family, monkeypatch):
         assert torch.equal(output.sequences, expected)
         assert 0 < output.num_matches.sum() < output.num_candidates.sum()
 
-    def rewind_to_wrong_keys(cache, removed):
-        rewind(cache, removed)
-        for layer in cache.layers if any(removed) else ():
-            layer.keys = layer.keys.roll(1, dims=2)
-
-    monkeypatch.setattr(autojudge_hf.generation, "rewind", rewind_to_wrong_keys)
+    rewind_to_wrong_keys(monkeypatch)
     assert not torch.equal(model.generate(**inputs, **options, **STATIC).sequences, expected)
     # These two have no forward that could be compiled whole; their caches grow, with a warning.
     assert isinstance(kept_caches.get(model), FixedCache) == (family not in ("gpt_neo", "mpt"))
