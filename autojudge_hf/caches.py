@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -138,6 +139,11 @@ def take_fixed_cache(
         cache = FixedCache(model, num_rows, -(-length // _GRANULARITY) * _GRANULARITY)
     cache.clear()
     cache.widths, cache.forward, cache.is_taken = widths, model, True
+    if generation_config.compile_config is not None:
+        # Who passes one wants it, on a CPU too, where stock `generate` would not.
+        generation_config = copy.copy(generation_config)
+        generation_config.compile_config = copy.copy(generation_config.compile_config)
+        generation_config.compile_config._compile_all_devices = True
     if model._valid_auto_compile_criteria({CACHE_NAME: cache}, generation_config):
         config = generation_config.compile_config or CompileConfig(dynamic=False)
         cache.forward = model.get_compiled_call(config)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig
 
 from autojudge_hf import AutoJudge, judge_decoding
 from autojudge_hf.evaluation import measure_decoding
@@ -83,6 +83,7 @@ def main() -> None:
         judged = {**ours, "judge": judge, "num_assistant_tokens": k}
         # Asks the judge about every mismatch and accepts none: what judging costs.
         rejecting = {**judged, "judge_threshold": 1e-12}
+        compiled = {"cache_implementation": "static", "compile_config": CompileConfig(dynamic=False)}
         beside = "stock, its defaults"
         if k != "adaptive":
             fixed = {"num_assistant_tokens": k, "assistant_confidence_threshold": 0.0}
@@ -94,6 +95,8 @@ def main() -> None:
             ways.append(Way(beside, 1, stock, fixed, "target alone"))
         ways.append(Way(f"ours lossless, {k}", 1, lossless, reference=beside))
         ways.append(Way(f"ours, judge rejects all, {k}", 1, rejecting, reference=f"ours lossless, {k}"))
+        ways.append(Way(f"ours lossless, compiled, {k}", 1, {**lossless, **compiled}, reference=beside))
+        ways.append(Way(f"ours judged, compiled, {k}", 1, {**judged, **compiled}, reference=beside))
         for b in args.batch_sizes[1:]:
             ways.append(Way(f"ours lossless, {k}", b, lossless, reference=f"ours lossless, {k}"))
         for b in args.batch_sizes:
@@ -121,8 +124,8 @@ def main() -> None:
         )
     medians = {name: statistics.median(row) for (name, batch), row in speeds.items() if batch == args.batch_sizes[0]}
     stock_at_best = max(speed for name, speed in medians.items() if name.startswith("stock"))
-    for ours in ("ours lossless", "ours judged"):
-        fixed = max(speed for name, speed in medians.items() if name.startswith(ours) and "adaptive" not in name)
+    for ours in ("ours lossless", "ours judged", "ours lossless, compiled", "ours judged, compiled"):
+        fixed = max(medians[f"{ours}, {k}"] for k in args.draft_lengths)
         adaptive = medians[f"{ours}, adaptive"]
         print(
             f"{ours}: at its best fixed length {fixed / stock_at_best:.2f} times stock at its best, "

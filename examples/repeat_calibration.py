@@ -6,8 +6,9 @@
 Every seed draws its mining set from the problems that `compare_judges.py` has mined, as many as there are, with
 replacement (a bootstrap: mining ten times would take two hours more), fits a judge, and calibrates it on validation
 problems that no other seed has, to be sure to 90 %, and to 97.5 %. Each is tested on the problems that the next two
-seeds calibrated on, of which it knows nothing, and on test problems that are the same for all. Two passes run beside
-each other, a thread each; interrupted, the same command goes on where it was.
+seeds calibrated on, of which it knows nothing, on test problems that are the same for all, and on test problems that
+no other judge has. Two passes run beside each other, a thread each; interrupted, the same command goes on where it
+was.
 """
 
 from __future__ import annotations
@@ -135,6 +136,8 @@ def main() -> None:
     others = {seed: [("validation", seeds[(i + j) % len(seeds)], n) for j in (1, 2)] for i, seed in enumerate(seeds)}
     # For what was chosen after the others had been looked at.
     fresh = {seed: [("test", args.test_seed + 1, n)] for seed in seeds}
+    # And after those: as many as the budget needs, whose luck the judges don't share.
+    own = {seed: [("test", seed, args.num_test)] for seed in seeds}
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         at_90, at_97 = (dict(zip(seeds, of)) for of in zip(*pool.map(partial(choose, args=args), seeds)))
         plans = (
@@ -142,6 +145,7 @@ def main() -> None:
             ("sure to 90 %, test problems", at_90, test),
             ("sure to 97.5 %, other seeds' problems", at_97, others),
             ("sure to 97.5 %, other test problems", at_97, fresh),
+            ("sure to 97.5 %, test problems of its own", at_97, own),
         )
         passes = [(seed, chosen[seed], p) for _, chosen, tests in plans for seed in seeds for p in tests[seed]]
         passes = list(dict.fromkeys(passes))

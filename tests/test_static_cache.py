@@ -32,9 +32,8 @@ def same(one, other) -> bool:
 
 @pytest.fixture
 def compiled():
-    """Compiles on a CPU too, what a graph costs to make left out: the frontend's graphs, run as they are."""
+    """What a graph costs to make left out: the frontend's graphs, run as they are."""
     config = CompileConfig(backend="eager", fullgraph=True, dynamic=False)
-    config._compile_all_devices = True
     counters.clear()
     yield {**STATIC, "compile_config": config}
     torch._dynamo.reset()
@@ -94,6 +93,28 @@ def test_compiled_once(compiled, top_k, batch_size):
     # The target's, and the assistant's for one token and for two.
     assert graphs == [3, 3, 3]
     assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_compiled_for_real(target, draft, tokenizer, test_problems, judge):
+    """On a CPU too, since somebody asks for it: kernels of other rounding, and the same tokens."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2))
+    except RuntimeError as error:
+        pytest.skip(f"no compiler: {error}")
+    counters.clear()
+    options = {"assistant_model": draft, "judge": judge, "num_assistant_tokens": 8, "max_new_tokens": 200}
+    for problem in test_problems[:4]:
+        inputs = tokenizer(GSM8K().prompt(problem, tokenizer), return_tensors="pt", add_special_tokens=False)
+        for threshold in (0.0, 0.2):
+            expected = target.generate(**inputs, **options, judge_threshold=threshold, **GREEDY)
+            compiled = target.generate(
+                **inputs, **options, judge_threshold=threshold, compile_config=CompileConfig(dynamic=False), **STATIC
+            )
+            assert same(compiled, expected)
+    # The target's, with hidden states and without, and the draft's for one token and for two.
+    assert counters["stats"]["unique_graphs"] == 4
+    torch._dynamo.reset()
 
 
 def test_a_judge_of_states_reads_the_same_ones_compiled(compiled, random_pair, linear_judge):
