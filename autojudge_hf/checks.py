@@ -209,3 +209,7 @@ def check_supported(
             f"{vocab_size(assistant_model)} in the assistant's. Expected one tokenizer (the padding of its embeddings "
             "may differ). Use an assistant of the target's own family."
         )
+    if config.compile_config is not None and not is_static:
+        warn_once(
+            "Only fixed shapes are compiled: `compile_config` needs `cache_implementation='static'`."
+        )

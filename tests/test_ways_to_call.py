@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 from conftest import PROMPT, left_padded, random_llama, similar_model
-from transformers import GenerationConfig, pipeline
+from transformers import CompileConfig, GenerationConfig, pipeline
 
 import autojudge_hf.checks
 import autojudge_hf.generation
@@ -253,3 +253,11 @@ def test_reference_of_this_file_varies(random_pair):
     """A random model that repeats one token would hide a wrong cache."""
     model, _ = random_pair
     assert len(set(reference.greedy(model, PROMPT[0].tolist(), 40, ())[7:])) > 3
+
+
+def test_growing_caches_are_not_compiled(random_pair, top_k, caplog):
+    model, assistant = random_pair
+    options = {"judge": top_k, "assistant_model": assistant, "max_new_tokens": 8, "do_sample": False}
+    config = CompileConfig(backend=lambda *_: pytest.fail("compiled"))
+    _, messages = warnings_of(caplog, lambda: model.generate(PROMPT, compile_config=config, **options))
+    assert len(messages) == 1 and "`compile_config` needs `cache_implementation='static'`" in messages[0]
