@@ -52,7 +52,7 @@ LEARNED = {
 THRESHOLDS = {
     "mlp": (0.05, 0.08, 0.11, 0.15, 0.2, 0.3),
     "paper": (0.01, 0.02, 0.03, 0.05, 0.1, 0.15),
-    "margin": (0.5, 0.6, 0.7, 0.8, 0.92, 0.95),
+    "margin": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.92, 0.95),
     "kl": (0.05, 0.15, 0.3, 0.6),
     "entropy": (0.5, 0.8, 0.92, 0.97),
     # Up to rank 2, 3 and 5; 2, 4 and 10.
@@ -105,6 +105,7 @@ def calibrate(
     folder: Path,
     draft_length: int,
     max_drops: Mapping[str, float] = MAX_DROPS,
+    confidence: float = 0.975,
 ) -> None:
     """Runs in a process of its own: chooses the thresholds of the judge in `folder`, and saves it."""
     torch.set_num_threads(1)
@@ -126,7 +127,7 @@ def calibrate(
         judge,
         thresholds=THRESHOLDS[name],
         max_drops=max_drops,
-        confidence=0.9,
+        confidence=confidence,
         lossless=lossless,
         dataset_name=TASKS[task][2],
         num_assistant_tokens=draft_length,
@@ -243,7 +244,8 @@ def main() -> None:
     parser.add_argument("--task", choices=list(TASKS), default="gsm8k")
     parser.add_argument("--output_dir", default="runs/compare")
     parser.add_argument("--judges", nargs="+", default=list(THRESHOLDS), help="which to compare")
-    parser.add_argument("--seed", type=int, default=21, help="of all problems")
+    parser.add_argument("--seed", type=int, default=21, help="of training and validation problems")
+    parser.add_argument("--test_seed", type=int, default=31)
     parser.add_argument("--num_mined", type=int, default=1500)
     parser.add_argument("--num_validation", type=int, default=1000)
     parser.add_argument("--num_test", type=int, default=2000)
@@ -261,7 +263,7 @@ def main() -> None:
             train(name, mined, folder / "trained")
 
     validation = take(args.task, "validation", args.seed, args.num_validation)
-    tested = take(args.task, "test", args.seed, args.num_test)
+    tested = take(args.task, "test", args.test_seed, args.num_test)
     shared = {"task": args.task, "folder": folder, "draft_length": args.draft_length}
     path = folder / "validation-lossless.json"
     lossless = kept(path, lambda: decode(args.task, validation, None, None, args.draft_length, BATCH_SIZE))
