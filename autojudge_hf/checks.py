@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from .caches import CACHE_NAME, other_layers
 from .configuration import checked_threshold, decoding_settings, public_name
-from .draft_length import ADAPTIVE, DEFAULT_DRAFT_LENGTH, AdaptiveDraftLength, FixedDraftLength
+from .draft_length import ADAPTIVE, DEFAULT_DRAFT_LENGTH, AdaptiveDraftLength, FixedDraftLength, adaptive_draft_length
 from .forward import hidden_size, vocab_size
 from .modeling import Judge
 
@@ -51,7 +51,7 @@ def checked_draft_length(
     elif prompt_lookup is not None:
         default = prompt_lookup
     if num_assistant_tokens == ADAPTIVE:
-        return AdaptiveDraftLength(min(8, int(default)))
+        return adaptive_draft_length(assistant_model, min(8, int(default)))
     if num_assistant_tokens is None:
         num_assistant_tokens = int(default)
     if not isinstance(num_assistant_tokens, int) or isinstance(num_assistant_tokens, bool) or num_assistant_tokens < 1:
@@ -210,6 +210,4 @@ def check_supported(
             "may differ). Use an assistant of the target's own family."
         )
     if config.compile_config is not None and not is_static:
-        warn_once(
-            "Only fixed shapes are compiled: `compile_config` needs `cache_implementation='static'`."
-        )
+        warn_once("Only fixed shapes are compiled: `compile_config` needs `cache_implementation='static'`.")

@@ -6,8 +6,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 ADAPTIVE = "adaptive"
@@ -43,7 +49,6 @@ class AdaptiveDraftLength:
 
     Args:
         value (`int`): candidates of the first cycle, of which nothing is known yet.
-        longest (`int`, *optional*, defaults to 32): upper limit.
 
     Example:
         >>> schedule = AdaptiveDraftLength(8)
@@ -53,17 +58,19 @@ class AdaptiveDraftLength:
         1
     """
 
-    # Weight that a cycle keeps when the next one comes: the last twenty or so count.
-    MEMORY = 0.95
+    #: Near enough to each other that none in between would gain, and few, since each may be compiled for itself.
+    LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+    # Weight that a cycle keeps when the next one comes: the last fifty or so count.
+    MEMORY = 0.98
 
-    def __init__(self, value: int, longest: int = 32):
-        self.value = min(value, longest)
-        self.longest = longest
-        #: Each is compiled for itself, so that these are few.
-        self.widths = [1 + min(longest, 2**i) for i in range(math.ceil(math.log2(longest)) + 1)]
+    def __init__(self, value: int):
+        self.longest = self.LENGTHS[-1]
+        self.value = min(value, self.longest)
+        self.widths = [1 + length for length in self.LENGTHS]
         # As if a first cycle had seen four accepted candidates and a rejected one.
         self._accepted, self._rejected = 4.0, 1.0
-        self._draft, self._drafted, self._verify, self._cycles = 0.0, 0.0, 0.0, 0.0
+        # Sums of logarithms: a forward that was compiled took a thousand times as long as the next one will.
+        self._draft, self._verify, self._cycles = 0.0, 0.0, 0.0
 
     def now(self, device: torch.device) -> float:
         """Seconds, once the device has done what it was told to."""
@@ -81,18 +88,26 @@ class AdaptiveDraftLength:
         """
         if not max(lengths, default=0):
             return
-        forgotten = ("_accepted", "_rejected", "_draft", "_drafted", "_verify", "_cycles")
-        for name in forgotten:
+        for name in ("_accepted", "_rejected", "_draft", "_verify", "_cycles"):
             setattr(self, name, self.MEMORY * getattr(self, name))
         self._accepted += sum(accepted) / len(lengths)
         self._rejected += sum(a < n for a, n in zip(accepted, lengths)) / len(lengths)
-        self._draft += draft
-        self._drafted += max(lengths)
-        self._verify += verify
+        self._draft += math.log(draft / max(lengths))
+        self._verify += math.log(verify)
         self._cycles += 1.0
-        self.value = max(range(1, self.longest + 1), key=self._tokens_per_second)
+        self.value = max(self.LENGTHS, key=self._tokens_per_second)
 
     def _tokens_per_second(self, k: int) -> float:
         a = self._accepted / (self._accepted + self._rejected)
         tokens = sum(a**i for i in range(k + 1))
-        return tokens / (k * self._draft / self._drafted + self._verify / self._cycles)
+        draft, verify = (math.exp(total / self._cycles) for total in (self._draft, self._verify))
+        return tokens / (k * draft + verify)
+
+
+_learned: WeakKeyDictionary[PreTrainedModel, AdaptiveDraftLength] = WeakKeyDictionary()
+
+
+def adaptive_draft_length(assistant_model: PreTrainedModel | None, value: int) -> AdaptiveDraftLength:
+    """The schedule of an assistant, which goes on from call to call: one response is over before much is known."""
+    schedule = AdaptiveDraftLength(value)
+    return schedule if assistant_model is None else _learned.setdefault(assistant_model, schedule)
