@@ -16,7 +16,6 @@ import functools
 import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +86,6 @@ TASKS = {
     "livecodebench": (LiveCodeBench(), programs, "programming problems of the embedded pair"),
     "both": (Both(), both, "word and programming problems of the embedded pair"),
 }
-#: On what a judge has to keep to its budgets; on a mixture, one kind of problem would pay for the other.
-KINDS = {"both": ["gsm8k", "livecodebench"]}
 
 
 @functools.cache
@@ -160,7 +157,7 @@ def show(row: dict, lossless: dict) -> None:
 
 def make_judge(args: argparse.Namespace) -> None:
     """Mines, fits, chooses the threshold on validation problems, and saves."""
-    folder = Path(args.output_dir)
+    folder, (task, _, dataset) = Path(args.output_dir), TASKS[args.task]
     model, draft, tokenizer = load_pair()
     problems = take(args.task, "train", args.seed, args.num_mined)
     mined = mine(args.task, problems, folder / "mined", state_position="both", logit_features=True)
@@ -173,36 +170,27 @@ def make_judge(args: argparse.Namespace) -> None:
     )
     trainer = JudgeTrainer(arguments, mined)
     trainer.train()
-    judge = trainer.judge
     print(f"ROC-AUC {trainer.state.best_metric:.3f} across folds")
-    chosen = []
-    for kind in KINDS.get(args.task, [args.task]):
-        task, _, dataset = TASKS[kind]
-        examples = take(kind, "validation", args.seed, args.num_validation)
-        calibrate_threshold(
-            model,
-            draft,
-            tokenizer,
-            examples,
-            task,
-            judge,
-            thresholds=args.thresholds,
-            max_drops={"1 point": 0.01, "2 points": 0.02},
-            confidence=0.9,
-            dataset_name=dataset,
-            num_assistant_tokens=args.num_assistant_tokens,
-            max_new_tokens=MAX_NEW_TOKENS,
-            batch_size=args.batch_size,
-        )
-        chosen.append(judge.config.thresholds)
-        print(f"\n{len(examples)} validation problems ({kind}), draft length {args.num_assistant_tokens}")
-        rows = [row for row in judge.config.evaluation if row["dataset"] == dataset]
-        for row in rows:
-            show(row, rows[0])
-        print(judge.config.thresholds)
-    safe = {budget: min(of[budget] for of in chosen) for budget in chosen[0]}
-    evaluation = untimed(judge.config.evaluation)
-    judge.config = replace(judge.config, threshold=safe["1 point"], thresholds=safe, evaluation=evaluation)
+    examples = take(args.task, "validation", args.seed, args.num_validation)
+    calibrate_threshold(
+        model,
+        draft,
+        tokenizer,
+        examples,
+        task,
+        trainer.judge,
+        thresholds=args.thresholds,
+        max_drops={"1 point": 0.01, "2 points": 0.02},
+        confidence=0.9,
+        dataset_name=dataset,
+        num_assistant_tokens=args.num_assistant_tokens,
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=args.batch_size,
+    )
+    print(f"\n{len(examples)} validation problems, draft length {args.num_assistant_tokens}")
+    rows = trainer.judge.config.evaluation = untimed(trainer.judge.config.evaluation)
+    for row in rows:
+        show(row, rows[0])
     trainer.save_model()
 
 
