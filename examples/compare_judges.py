@@ -104,8 +104,8 @@ def calibrate(
     problems: list[dict],
     folder: Path,
     draft_length: int,
+    confidence: float,
     max_drops: Mapping[str, float] = MAX_DROPS,
-    confidence: float = 0.975,
 ) -> None:
     """Runs in a process of its own: chooses the thresholds of the judge in `folder`, and saves it."""
     torch.set_num_threads(1)
@@ -231,7 +231,7 @@ def report(judges: dict, results: dict, best: list[list[int]], lengths: dict, ti
     print("\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in table))
     start = next(iter(curves.values()))[0]
     curves["oracle"] = [start, {**start, "threshold": 1.0, "tokens_per_cycle": base * gain}]
-    plot_trade_off(curves, folder / "trade_off.png")
+    plot_trade_off({name: curve for name, curve in curves.items() if len(curve) > 1}, folder / "trade_off.png")
     plot_trade_off({name: judge.config.evaluation for name, judge in judges.items()}, folder / "validation.png")
     for name, judge in judges.items():
         # For its card: both curves.
@@ -249,6 +249,7 @@ def main() -> None:
     parser.add_argument("--num_mined", type=int, default=1500)
     parser.add_argument("--num_validation", type=int, default=1000)
     parser.add_argument("--num_test", type=int, default=2000)
+    parser.add_argument("--confidence", type=float, default=0.975, help="that thresholds keep to what they may cost")
     parser.add_argument("--num_oracle", type=int, default=300, help="of the test problems")
     parser.add_argument("--num_timed", type=int, default=20, help="problems for each reading of the clock")
     parser.add_argument("--draft_length", type=int, default=32, help="where the clock doesn't matter")
@@ -269,7 +270,8 @@ def main() -> None:
     lossless = kept(path, lambda: decode(args.task, validation, None, None, args.draft_length, BATCH_SIZE))
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         start = {"threshold": None, **lossless}
-        list(pool.map(partial(calibrate, lossless=start, problems=validation, **shared), args.judges))
+        known = {"lossless": start, "problems": validation, "confidence": args.confidence}
+        list(pool.map(partial(calibrate, **known, **shared), args.judges))
         judges = {name: AutoJudge.from_pretrained(folder / "calibrated" / name) for name in args.judges}
         ways: dict[tuple[str, float | None], Any] = {("lossless", None): None}
         for name, judge in judges.items():

@@ -68,7 +68,7 @@ def choose(seed: int, args: argparse.Namespace) -> tuple[float, float]:
         fit(seed, Path(args.output_dir) / "rows", folder / "trained" / NAME)
     validation = take(args.task, "validation", seed, args.num_validation)
     baseline = lossless(("validation", seed, args.num_validation), args)
-    calibrate(NAME, baseline, args.task, validation, folder, args.draft_length, max_drops=BUDGET, confidence=0.9)
+    calibrate(NAME, baseline, args.task, validation, folder, args.draft_length, confidence=0.9, max_drops=BUDGET)
     config = AutoJudge.from_pretrained(folder / "calibrated" / NAME).config
     # The curve has 95 % intervals, whose upper ends hold to 97.5 %. It goes on until 90 % fails, and that is later.
     sure = itertools.takewhile(lambda row: row["drop_high"] <= BUDGET["1 point"], config.evaluation)
