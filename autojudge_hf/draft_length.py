@@ -58,7 +58,7 @@ class AdaptiveDraftLength:
         1
     """
 
-    #: Near enough to each other that none in between would gain, and few, since each may be compiled for itself.
+    #: Near enough to each other that none in between would gain.
     LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
     # Weight that a cycle keeps when the next one comes: the last fifty or so count.
     MEMORY = 0.98
@@ -66,7 +66,8 @@ class AdaptiveDraftLength:
     def __init__(self, value: int):
         self.longest = self.LENGTHS[-1]
         self.value = min(value, self.longest)
-        self.widths = [1 + length for length in self.LENGTHS]
+        #: Each is compiled for itself, so that these are few; lengths in between are filled up.
+        self.widths = [1 + 2**i for i in range(self.longest.bit_length())]
         # As if a first cycle had seen four accepted candidates and a rejected one.
         self._accepted, self._rejected = 4.0, 1.0
         # Sums of logarithms: a forward that was compiled took a thousand times as long as the next one will.

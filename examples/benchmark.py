@@ -78,12 +78,12 @@ def main() -> None:
     stock = {"assistant_model": draft}
     ways.append(Way("stock, its defaults", 1, stock, reference="target alone"))
     ours = {**stock, "return_dict_in_generate": True}
+    compiled = {"cache_implementation": "static", "compile_config": CompileConfig(dynamic=False)}
     for k in [*args.draft_lengths, "adaptive"]:
         lossless = {**ours, "custom_generate": functools.partial(judge_decoding, **stock, num_assistant_tokens=k)}
         judged = {**ours, "judge": judge, "num_assistant_tokens": k}
         # Asks the judge about every mismatch and accepts none: what judging costs.
         rejecting = {**judged, "judge_threshold": 1e-12}
-        compiled = {"cache_implementation": "static", "compile_config": CompileConfig(dynamic=False)}
         beside = "stock, its defaults"
         if k != "adaptive":
             fixed = {"num_assistant_tokens": k, "assistant_confidence_threshold": 0.0}
