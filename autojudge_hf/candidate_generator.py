@@ -87,7 +87,7 @@ class JudgeCandidateGenerator(CandidateGenerator):
         """
         self._length = input_ids.shape[1]
         limit = self.num_assistant_tokens if max_candidates is None else max_candidates
-        candidate_ids, logits, states = input_ids[:, :0], [], []
+        drafted, logits, states = [input_ids[:, :0]], [], []
         tokens = input_ids[:, num_cached(self.cache) :]
         unfinished = set(range(len(input_ids)))
         for _ in range(min(self.num_assistant_tokens, limit)):
@@ -95,25 +95,25 @@ class JudgeCandidateGenerator(CandidateGenerator):
             next_logits = of_vocabulary(outputs.logits[:, -1:], self.target_vocab_size)
             next_logits = next_logits.to(input_ids.device, torch.float32)
             if process is not None:
-                next_logits = process(candidate_ids, next_logits)
+                next_logits = process(torch.cat(drafted, dim=1), next_logits)
             if self.do_sample:
                 tokens = torch.multinomial(next_logits[:, 0].softmax(dim=-1), num_samples=1)
             else:
-                tokens = next_logits[:, 0].argmax(dim=-1, keepdim=True)
+                tokens = next_logits.argmax(dim=-1)
             if self.output_logits:
                 logits.append(next_logits)
             if self.output_states:
                 states.append(outputs.states[:, -1:])
-            candidate_ids = torch.cat([candidate_ids, tokens], dim=1)
+            drafted.append(tokens)
             if isinstance(self.cache, FixedCache):
                 continue
-            unfinished -= {j for j, token in enumerate(tokens[:, 0].tolist()) if token in self.eos_token_ids}
+            unfinished -= {j for j, (token,) in enumerate(tokens.tolist()) if token in self.eos_token_ids}
             if not unfinished:
                 break
         if states:
             states.append(self._forward(tokens, attention_mask).states[:, -1:])
             self.states = torch.cat(states, dim=1)
-        sequence = torch.cat([input_ids, candidate_ids], dim=1)
+        sequence = torch.cat([input_ids, *drafted], dim=1)
         return sequence, torch.cat(logits, dim=1) if logits else None
 
     def rewind(self, num_committed: Sequence[int]) -> None:

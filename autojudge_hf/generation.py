@@ -165,7 +165,6 @@ def judge_decoding(
         )
     kept = _Kept(generation_config, len(input_ids))
     counts = [[0] * len(COUNTS) for _ in range(len(input_ids))]
-    eos_token_ids = input_ids.new_tensor(sorted(stop.eos_token_ids))
     all_finite = torch.ones((), dtype=torch.bool, device=input_ids.device)
 
     prefill = True
@@ -177,7 +176,7 @@ def judge_decoding(
             # A cycle commits one token more than it has candidates, and the newest one needs no position yet.
             room = [stop.room(rows, j) - 1 for j in range(len(rows.active))]
             longest_draft = min(draft_length.value, max(room), max(0, max_length - max(rows.lengths)))
-            process = functools.partial(processors, rows)
+            process = functools.partial(processors, rows) if any(processors.processors) else None
             sequence, assistant_logits = drafter.get_candidates(sequence, rows.attention_mask, longest_draft, process)
         drafted = draft_length.now(model.device)
         candidate_ids = sequence[:, rows.input_ids.shape[1] :]
@@ -213,24 +212,24 @@ def judge_decoding(
             is_harmless = harmless(judge(inputs), threshold)
             # Logit features of a candidate that processors forbid are infinite, and no cause for alarm.
             all_finite &= torch.isfinite(inputs.features[..., :num_state_features]).all()
-        num_candidates = _num_candidates(candidate_ids, room, eos_token_ids, drafter.lengths)
+        lengths = [min(k, *limits) for limits in zip(room, drafter.lengths or room)]
         if generation_config.do_sample:
-            verification = verify_sampled(candidate_ids, processed, assistant_logits, is_harmless, num_candidates)
+            verification = verify_sampled(candidate_ids, processed, assistant_logits, is_harmless, lengths)
         else:
-            verification = verify_greedy(candidate_ids, processed, is_harmless, num_candidates)
+            verification = verify_greedy(candidate_ids, processed, is_harmless)
 
-        blocks, finished, accepted = [], [], []
-        outcomes = verification.on_host(candidate_ids, num_candidates)
-        for j, (block, matched, judged, n) in enumerate(outcomes):
+        blocks, finished = [], []
+        outcomes = verification.on_host(candidate_ids, lengths, stop.eos_token_ids)
+        for j, (block, judged, n) in enumerate(outcomes):
             num_kept, done = stop(rows, j, block)
             blocks.append(block[:num_kept])
             finished.append(done)
-            accepted.append(sum(matched) + sum(judged))
             row = rows.active[j]
-            kept.add(row, num_kept, processed[j], logits[j], outputs.hidden_states, j)
+            kept.add(row, num_kept, processed, logits, outputs.hidden_states, j)
             if not prefill:
-                rejected = int(len(block) <= n and num_kept == len(block))
-                cycle = (1, n, sum(matched[:num_kept]), sum(judged[:num_kept]), rejected)
+                judged = judged[:num_kept]
+                rejected = len(block) <= n and num_kept == len(block)
+                cycle = (1, n, len(judged) - sum(judged), sum(judged), rejected)
                 counts[row] = [total + n for total, n in zip(counts[row], cycle)]
         if streamer is not None:
             streamer.put(torch.tensor(blocks))
@@ -238,8 +237,8 @@ def judge_decoding(
         rewind(cache, [k + 1 - len(block) for block in blocks])
         drafter.rewind([len(block) for block in blocks])
         columns = rows.input_ids.shape[1] + max(map(len, blocks))
-        lengths = [outcome.num_candidates for outcome in outcomes]
-        draft_length.update(lengths, accepted, drafted - started, draft_length.now(model.device) - drafted)
+        verified = [(outcome.num_candidates, len(outcome.judged)) for outcome in outcomes]
+        draft_length.update(*zip(*verified), drafted - started, draft_length.now(model.device) - drafted)
         rows.commit(blocks, finished)
         if rows.active and len(input_ids) > 1:
             unfinished = [j for j, done in enumerate(finished) if not done]
@@ -277,16 +276,6 @@ def _fixed_or_growing(
     return cache
 
 
-def _num_candidates(
-    candidate_ids: torch.LongTensor, room: list[int], eos_token_ids: torch.LongTensor, drafted: list[int] | None
-) -> torch.LongTensor:
-    """How many of each row's candidates count: up to its room, its first EOS token, and what was drafted for it."""
-    limits = candidate_ids.new_tensor([room, drafted or room]).amin(dim=0)
-    ends = torch.isin(candidate_ids, eos_token_ids)
-    # Those with no end before them.
-    return torch.minimum(limits, (ends.cumsum(dim=1) == ends).sum(dim=1))
-
-
 class _Kept:
     """`output_scores`, `output_logits` and `output_hidden_states`, row by row, zeros behind a row's end."""
 
@@ -301,9 +290,9 @@ class _Kept:
     def add(self, row: int, num_kept: int, scores: torch.Tensor, logits: torch.Tensor, states: Any, j: int) -> None:
         """What the first `num_kept` positions behind the last commit of active row j gave."""
         if self._scores is not None:
-            self._scores[row].append(scores[:num_kept])
+            self._scores[row].append(scores[j, :num_kept])
         if self._logits is not None:
-            self._logits[row].append(logits[:num_kept])
+            self._logits[row].append(logits[j, :num_kept])
         if self.hidden_states is not None:
             # The prompt's states all belong to the first token, as in stock `generate`.
             first = states[0].shape[1] if not self.hidden_states[row] else 1

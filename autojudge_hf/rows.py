@@ -65,21 +65,20 @@ class Rows:
         Columns in which no unfinished row has a token go too: what fills short rows up would add up over the cycles,
         and some models have buffers of the length that their longest text may have.
         """
+        for row, new in zip(self.active, new_tokens):
+            self.responses[row] += new
         longest = max(map(len, new_tokens))
-        tokens, masks = [], []
-        for j, new in enumerate(new_tokens):
-            self.responses[self.active[j]] += new
-            filling = (longest - len(new), 0)
-            row = torch.cat([self.input_ids[j], torch.tensor(new, device=self.input_ids.device)])
-            tokens.append(torch.nn.functional.pad(row, filling))
-            if self.attention_mask is not None:
-                mask = torch.nn.functional.pad(self.attention_mask[j], (0, len(new)), value=1)
-                masks.append(torch.nn.functional.pad(mask, filling))
-        unfinished = [j for j, done in enumerate(finished) if not done]
-        self.active = [self.active[j] for j in unfinished]
-        if unfinished:
-            self.input_ids = torch.stack([tokens[j] for j in unfinished])
-            self.attention_mask = torch.stack([masks[j] for j in unfinished]) if masks else None
+        lacking = [longest - len(new) for new in new_tokens]
+        blocks = [new + [0] * n for new, n in zip(new_tokens, lacking)]
+        self.input_ids = _appended(self.input_ids, blocks, lacking)
+        if self.attention_mask is not None:
+            blocks = [[1] * len(new) + [0] * n for new, n in zip(new_tokens, lacking)]
+            self.attention_mask = _appended(self.attention_mask, blocks, lacking)
+        if any(finished):
+            unfinished = [j for j, done in enumerate(finished) if not done]
+            self.active = [self.active[j] for j in unfinished]
+            self.input_ids = self.input_ids[unfinished]
+            self.attention_mask = None if self.attention_mask is None else self.attention_mask[unfinished]
         if len(self.prompts) > 1:
             columns = max(self.lengths, default=0)
             self.input_ids = self.input_ids[:, -columns:]
@@ -90,6 +89,14 @@ class Rows:
         longest = max(map(len, self.responses))
         filled = [response + [pad_token_id] * (longest - len(response)) for response in self.responses]
         return torch.cat([self.prompts, torch.tensor(filled, device=self.prompts.device)], dim=1)
+
+
+def _appended(x: torch.Tensor, blocks: list[list[int]], lacking: list[int]) -> torch.Tensor:
+    """Joins the blocks to the rows of `x`, and turns row i right by `lacking[i]`: its filling comes to its front."""
+    joined = torch.cat([x, x.new_tensor(blocks)], dim=1)
+    if not any(lacking):
+        return joined
+    return torch.stack([row.roll(n) for row, n in zip(joined, lacking)])
 
 
 class RowProcessors:

@@ -188,10 +188,9 @@ def test_plain_resampling_would_be_noticed(pair_of_eight, top_k, monkeypatch):
     real = autojudge_hf.generation.verify_sampled
 
     def from_p(candidate_ids, target_logits, assistant_logits, is_harmless, lengths):
-        outcome = real(candidate_ids, target_logits, assistant_logits, is_harmless, lengths)
-        n = (outcome.matched | outcome.judged).sum(dim=1)
-        p = target_logits.softmax(dim=-1)[torch.arange(len(n)), n]
-        return outcome._replace(next_token=torch.multinomial(p, 1).squeeze(1))
+        verification = real(candidate_ids, target_logits, assistant_logits, is_harmless, lengths)
+        p = target_logits.softmax(dim=-1)
+        return verification._replace(own_tokens=torch.multinomial(p.flatten(0, 1), 1).view(p.shape[:2]))
 
     monkeypatch.setattr(autojudge_hf.generation, "verify_sampled", from_p)
     model, assistant = pair_of_eight

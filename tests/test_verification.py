@@ -29,15 +29,27 @@ def test_greedy_rule_equals_a_loop(k, with_judge):
     candidates = torch.randint(0, 3, (200, k))
     logits = torch.randn(200, k + 1, 3)
     is_harmless = torch.rand(200, k) < 0.5 if with_judge else None
-    result = verify_greedy(candidates, logits, is_harmless)
-    for row in range(200):
+    outcomes = verify_greedy(candidates, logits, is_harmless).on_host(candidates, [k] * 200, set())
+    for row, (block, judged, n) in enumerate(outcomes):
         expected = literal_greedy(
             candidates[row].tolist(),
             logits[row].argmax(-1).tolist(),
             None if is_harmless is None else is_harmless[row].tolist(),
         )
-        got = result.matched[row].sum().item(), result.judged[row].sum().item(), result.next_token[row].item()
-        assert got == expected
+        assert (len(judged) - sum(judged), sum(judged), block[-1]) == expected
+        assert block[:-1] == candidates[row, : len(judged)].tolist()
+        assert n == k
+
+
+def test_what_is_no_candidate_is_not_accepted():
+    candidates = torch.tensor([[3, 1, 4, 1], [3, 1, 4, 1], [3, 1, 4, 1]])
+    logits = torch.nn.functional.one_hot(torch.tensor([3, 1, 4, 1, 5]), 6).float().expand(3, 5, 6)
+    outcomes = verify_greedy(candidates, logits, None).on_host(candidates, [4, 2, 4], {5})
+    assert [outcome.block for outcome in outcomes] == [[3, 1, 4, 1, 5], [3, 1, 4], [3, 1, 4, 1, 5]]
+    # A draft ends with its EOS token; one that is rejected ends it all the same.
+    for own, block in ((logits, [3, 1, 4, 1]), (logits.flip(0).roll(1, dims=1), [5])):
+        (outcome,) = verify_greedy(candidates[:1], own[:1], None).on_host(candidates[:1], [4], {4})
+        assert (outcome.num_candidates, outcome.block) == (3, block)
 
 
 def test_threshold_ends_and_scores_that_are_not_finite():
@@ -62,9 +74,9 @@ def first_token_counts(p, q, is_harmless, num_samples=40_000):
         p.log().expand(num_samples, 2, -1),
         q.log().expand(num_samples, 1, -1),
         is_harmless[candidates],
+        [1] * num_samples,
     )
-    accepted = (result.matched | result.judged).squeeze(1)
-    tokens = torch.where(accepted, candidates.squeeze(1), result.next_token)
+    tokens = torch.tensor([outcome.block[0] for outcome in result.on_host(candidates, [1] * num_samples, set())])
     return tokens.bincount(minlength=len(p))
 
 
@@ -97,11 +109,7 @@ def test_plain_resampling_would_be_noticed(monkeypatch):
     real = torch.multinomial
 
     def from_p(weights, num_samples, **kwargs):
-        return (
-            real(P.expand_as(weights), num_samples, **kwargs)
-            if weights.ndim == 2
-            else real(weights, num_samples, **kwargs)
-        )
+        return real(P.expand_as(weights) if weights.ndim == 2 else weights, num_samples, **kwargs)
 
     monkeypatch.setattr(torch, "multinomial", from_p)
     assert chi_square_p(first_token_counts(P, Q, NOTHING), P) < 1e-6
@@ -112,6 +120,12 @@ def test_bonus_token_comes_from_the_target_alone():
     n = 20_000
     logits = torch.stack([Q.log(), P.log()]).expand(n, 2, -1)
     candidates = torch.multinomial(Q, n, replacement=True)[:, None]
-    result = verify_sampled(candidates, logits, Q.log().expand(n, 1, -1), None)
-    assert result.matched.all()
-    assert chi_square_p(result.next_token.bincount(minlength=5), P) > 0.01
+    for lengths, block_length in (([1] * n, 2), ([0] * n, 1)):
+        # With no candidate the first position is the bonus token's, whatever was drafted there.
+        result = verify_sampled(
+            candidates, logits.roll(1 - lengths[0], dims=1), Q.log().expand(n, 1, -1), None, lengths
+        )
+        blocks = [outcome.block for outcome in result.on_host(candidates, lengths, set())]
+        assert {len(block) for block in blocks} == {block_length}
+        bonus = torch.tensor([block[-1] for block in blocks])
+        assert chi_square_p(bonus.bincount(minlength=5), P) > 0.01
