@@ -69,11 +69,14 @@ class FixedCache(StaticCache):
 
     def __init__(self, model: PreTrainedModel, num_rows: int, max_length: int):
         super().__init__(config=model.config.get_text_config(decoder=True), max_cache_len=max_length)
-        self._start = torch.zeros((), dtype=torch.long, device=model.device)
-        self._mask = torch.zeros(num_rows, max_length, dtype=torch.long, device=model.device)
-        for tensor in (self._start, self._mask):
+        #: On the device, so that a captured graph finds them: where the next tokens go, which positions aren't
+        #: filling, and, for a draft, the tokens.
+        self.start = torch.zeros((), dtype=torch.long, device=model.device)
+        self.mask = torch.zeros(num_rows, max_length, dtype=torch.long, device=model.device)
+        self.tokens = torch.zeros_like(self.mask)
+        for tensor in (self.start, self.mask, self.tokens):
             torch._dynamo.mark_static_address(tensor)
-        self.layers = [FixedLayer(max_length, self._start) for _ in self.layers]
+        self.layers = [FixedLayer(max_length, self.start) for _ in self.layers]
         self.num_rows, self.max_length = num_rows, max_length
         self.made_for = _circumstances(model, num_rows)
         #: Tokens cached, on the host, and in how many rows.
@@ -82,17 +85,19 @@ class FixedCache(StaticCache):
         self.widths: Sequence[int] = ()
         #: The model, compiled or not, while a call has the cache.
         self.forward: Callable[..., Any] | None = None
+        #: A draft's step, compiled or not, and how; `None` where it isn't.
+        self.step: Callable[..., Any] | None = None
+        self.compile_config: CompileConfig | None = None
         self.is_taken, self.is_warm = False, False
 
-    def begin(self, rows: int, n: int, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """Before a forward of `n` tokens: where these go, and the mask of shape `(num_rows, max_length)`."""
+    def begin(self, rows: int, n: int, attention_mask: torch.Tensor | None) -> None:
+        """Before forwards of `n` tokens: says where these go, and which positions up to there aren't filling."""
         self.rows, end = rows, self.length + n
-        self._start.fill_(self.length)
-        self._mask.zero_()
-        self._mask[:, :end] = 1
+        self.start.fill_(self.length)
+        self.mask.zero_()
+        self.mask[:, :end] = 1
         if attention_mask is not None:
-            self._mask[:rows, :end] = attention_mask.to(self._mask.device)
-        return self._mask
+            self.mask[:rows, :end] = attention_mask.to(self.mask.device)
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_taken:
@@ -144,15 +149,18 @@ def take_fixed_cache(
         generation_config = copy.copy(generation_config)
         generation_config.compile_config = copy.copy(generation_config.compile_config)
         generation_config.compile_config._compile_all_devices = True
+    compile_config = None
     if model._valid_auto_compile_criteria({CACHE_NAME: cache}, generation_config):
-        config = generation_config.compile_config or CompileConfig(dynamic=False)
-        cache.forward = model.get_compiled_call(config)
+        compile_config = generation_config.compile_config or CompileConfig(dynamic=False)
+        cache.forward = model.get_compiled_call(compile_config)
         limit = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = max(limit, _RECOMPILE_LIMIT)
         if not cache.is_warm:
             # What collects hidden states is installed by the first pass that asks for them, and can't be compiled.
             model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), output_hidden_states=True)
             cache.is_warm = True
+    if cache.compile_config != compile_config:
+        cache.compile_config, cache.step = compile_config, None
     return cache
 
 
@@ -262,7 +270,7 @@ def _shrink_fixed(cache: FixedCache, rows: Sequence[int], num_columns: int) -> N
     first = max(0, cache.length - num_columns)
     if first == 0 and len(rows) == cache.rows:
         return
-    device = cache._start.device
+    device = cache.start.device
     kept = slice(cache.rows) if len(rows) == cache.rows else torch.tensor(rows, device=device)
     for layer in cache.layers if cache.length else ():
         for x in (layer.keys, layer.values):

@@ -11,7 +11,7 @@ from transformers.generation import CandidateGenerator
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from .caches import FixedCache, num_cached, rewind, rewindable_cache, shrink
-from .forward import cached_forward, of_vocabulary, vocab_size
+from .forward import cached_forward, fixed_draft, of_vocabulary, vocab_size
 
 
 if TYPE_CHECKING:
@@ -87,10 +87,18 @@ class JudgeCandidateGenerator(CandidateGenerator):
         """
         self._length = input_ids.shape[1]
         limit = self.num_assistant_tokens if max_candidates is None else max_candidates
+        length = min(self.num_assistant_tokens, limit)
         drafted, logits, states = [input_ids[:, :0]], [], []
         tokens = input_ids[:, num_cached(self.cache) :]
+        is_plain = process is None and not self.output_logits and not self.output_states
+        if isinstance(self.cache, FixedCache) and is_plain and length > 0:
+            size = min(self.vocab_size, self.target_vocab_size)
+            candidate_ids = fixed_draft(
+                self.assistant_model, self._known(tokens), self.cache, attention_mask, length, size
+            )
+            return torch.cat([input_ids, candidate_ids.to(input_ids.device)], dim=1), None
         unfinished = set(range(len(input_ids)))
-        for _ in range(min(self.num_assistant_tokens, limit)):
+        for _ in range(length):
             outputs = self._forward(tokens, attention_mask)
             next_logits = of_vocabulary(outputs.logits[:, -1:], self.target_vocab_size)
             next_logits = next_logits.to(input_ids.device, torch.float32)
@@ -132,14 +140,17 @@ class JudgeCandidateGenerator(CandidateGenerator):
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
         """Nothing to learn: the loop passes each cycle's draft length to `get_candidates`."""
 
+    def _known(self, tokens: torch.LongTensor) -> torch.LongTensor:
+        """The assistant may lack some of the target's tokens; any other will do: only the draft gets worse."""
+        return tokens.clamp(max=self.vocab_size - 1) if self.vocab_size < self.target_vocab_size else tokens
+
     def _forward(self, tokens: torch.LongTensor, mask: torch.Tensor | None):
         if mask is not None:
             new = num_cached(self.cache) + tokens.shape[1] - mask.shape[1]
             mask = torch.nn.functional.pad(mask, (0, new), value=1)
-        if self.vocab_size < self.target_vocab_size:
-            # The assistant lacks some of the target's tokens; any other will do: only the draft gets worse.
-            tokens = tokens.clamp(max=self.vocab_size - 1)
-        return cached_forward(self.assistant_model, tokens, self.cache, mask, output_states=self.output_states)
+        return cached_forward(
+            self.assistant_model, self._known(tokens), self.cache, mask, output_states=self.output_states
+        )
 
 
 class FormerResponses(JudgeCandidateGenerator):

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from .caches import CACHE_NAME, other_layers
 from .configuration import checked_threshold, decoding_settings, public_name
-from .draft_length import ADAPTIVE, DEFAULT_DRAFT_LENGTH, AdaptiveDraftLength, FixedDraftLength, adaptive_draft_length
+from .draft_length import ADAPTIVE, DEFAULT_DRAFT_LENGTH
 from .forward import hidden_size, vocab_size
 from .modeling import Judge
 
@@ -32,8 +32,8 @@ def checked_draft_length(
     num_assistant_tokens: int | str | None,
     assistant_model: PreTrainedModel | None,
     generation_config: GenerationConfig | None,
-) -> FixedDraftLength | AdaptiveDraftLength:
-    """The schedule for `num_assistant_tokens`.
+) -> int | str:
+    """Candidates per cycle, or `"adaptive"`; the drafter's own number for `num_assistant_tokens=None`.
 
     Raises:
         ValueError: for no drafter at all, or what is neither a positive int nor `"adaptive"`.
@@ -51,14 +51,14 @@ def checked_draft_length(
     elif prompt_lookup is not None:
         default = prompt_lookup
     if num_assistant_tokens == ADAPTIVE:
-        return adaptive_draft_length(assistant_model, min(8, int(default)))
+        return ADAPTIVE
     if num_assistant_tokens is None:
         num_assistant_tokens = int(default)
     if not isinstance(num_assistant_tokens, int) or isinstance(num_assistant_tokens, bool) or num_assistant_tokens < 1:
         raise ValueError(
             f"`num_assistant_tokens` must be an int of at least 1 or {ADAPTIVE!r}, got {num_assistant_tokens!r}."
         )
-    return FixedDraftLength(num_assistant_tokens)
+    return num_assistant_tokens
 
 
 def checked_judge(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -48,7 +48,7 @@ class AdaptiveDraftLength:
     tokens and one target forward. The length with the most tokens per second is next.
 
     Args:
-        value (`int`): candidates of the first cycle, of which nothing is known yet.
+        value (`int`, *optional*, defaults to 8): candidates of the first cycle, of which nothing is known yet.
 
     Example:
         >>> schedule = AdaptiveDraftLength(8)
@@ -63,9 +63,9 @@ class AdaptiveDraftLength:
     # Weight that a cycle keeps when the next one comes: the last fifty or so count.
     MEMORY = 0.98
 
-    def __init__(self, value: int):
+    def __init__(self, value: int = 8):
         self.longest = self.LENGTHS[-1]
-        self.value = min(value, self.longest)
+        self.value = value
         #: Each is compiled for itself, so that these are few; lengths in between are filled up.
         self.widths = [1 + 2**i for i in range(self.longest.bit_length())]
         # As if a first cycle had seen four accepted candidates and a rejected one.
@@ -105,10 +105,19 @@ class AdaptiveDraftLength:
         return tokens / (k * draft + verify)
 
 
-_learned: WeakKeyDictionary[PreTrainedModel, AdaptiveDraftLength] = WeakKeyDictionary()
+_learned: WeakKeyDictionary[PreTrainedModel, dict[Hashable, AdaptiveDraftLength]] = WeakKeyDictionary()
 
 
-def adaptive_draft_length(assistant_model: PreTrainedModel | None, value: int) -> AdaptiveDraftLength:
-    """The schedule of an assistant, which goes on from call to call: one response is over before much is known."""
-    schedule = AdaptiveDraftLength(value)
-    return schedule if assistant_model is None else _learned.setdefault(assistant_model, schedule)
+def draft_schedule(
+    num_assistant_tokens: int | str, assistant_model: PreTrainedModel | None, circumstances: Hashable
+) -> FixedDraftLength | AdaptiveDraftLength:
+    """The schedule for a fixed number, or an adaptive one.
+
+    The latter goes on from call to call of an assistant, since one response is over before much is known; calls under
+    other `circumstances`, where more is accepted or a forward costs another time, have one of their own.
+    """
+    if num_assistant_tokens != ADAPTIVE:
+        return FixedDraftLength(num_assistant_tokens)
+    if assistant_model is None:
+        return AdaptiveDraftLength()
+    return _learned.setdefault(assistant_model, {}).setdefault(circumstances, AdaptiveDraftLength())

@@ -108,13 +108,13 @@ def _fixed_forward(
     rows, n = tokens.shape
     is_prefill = cache.length == 0 or n > max(cache.widths)
     width = n if is_prefill else min(width for width in cache.widths if width >= n)
-    mask = cache.begin(rows, n, attention_mask)
-    filled = mask.new_zeros(cache.num_rows, width)
+    cache.begin(rows, n, attention_mask)
+    filled = cache.mask.new_zeros(cache.num_rows, width)
     filled[:rows, :n] = tokens
     inputs = _model_inputs(model, filled, cache, num_logits if is_prefill else width)
     # Copies, since views are told apart by their strides and offsets, and compiled anew.
-    positions = _position_ids(model, mask, slice(cache.length, cache.length + width))
-    inputs |= {"attention_mask": mask, **{name: ids.clone() for name, ids in positions.items()}}
+    positions = _position_ids(model, cache.mask, slice(cache.length, cache.length + width))
+    inputs |= {"attention_mask": cache.mask, **{name: ids.clone() for name, ids in positions.items()}}
     # Hooks would be compiled in. These states are the same ones, and cost only memory.
     layers = output_states or output_hidden_states
     outputs = (model if is_prefill else cache.forward)(**inputs, output_hidden_states=layers, return_dict=True)
@@ -129,7 +129,65 @@ def _fixed_forward(
     return Pass(own(outputs.logits), states, hidden_states)
 
 
-def _model_inputs(model: PreTrainedModel, tokens: torch.Tensor, cache: Cache, num_logits: int) -> dict[str, Any]:
+@torch.no_grad()
+def fixed_draft(
+    model: PreTrainedModel,
+    tokens: torch.LongTensor,
+    cache: FixedCache,
+    attention_mask: torch.Tensor | None,
+    num_candidates: int,
+    vocab_size: int,
+) -> torch.LongTensor:
+    """Drafts greedily, by steps that take nothing from the host and give nothing back to it.
+
+    Args:
+        tokens (`torch.LongTensor` of shape `(b, n)`): what `cache` lacks of the committed tokens.
+        attention_mask (`torch.LongTensor` of shape `(b, committed)`, *optional*): 0 at padding.
+        num_candidates (`int`): the draft's length, at least 1.
+        vocab_size (`int`): candidates are among the first so many tokens.
+
+    Returns:
+        `torch.LongTensor` of shape `(b, num_candidates)`.
+    """
+    rows, n = tokens.shape
+    first = cache.length + n
+    end = first + num_candidates - 1  # the last candidate isn't run through the model
+    is_prefill = cache.length == 0 or n > max(cache.widths)
+    if is_prefill:
+        logits = _fixed_forward(model, tokens, cache, attention_mask, 1, False, False).logits
+        cache.tokens[:rows, first] = logits[:, -1, :vocab_size].argmax(dim=-1)
+    else:
+        cache.tokens[:rows, cache.length : first] = tokens
+    if cache.step is None:
+        config = cache.compile_config
+        cache.step = _greedy_step if config is None else torch.compile(_greedy_step, **config.to_dict())
+    if attention_mask is not None:
+        attention_mask = torch.nn.functional.pad(attention_mask, (0, end - attention_mask.shape[1]), value=1)
+    cache.begin(rows, end - cache.length, attention_mask)
+    inputs = _model_inputs(model, None, cache, 1)
+    has_positions = "position_ids" in _forward_parameters(type(model))
+    for i in range(is_prefill, num_candidates):
+        cache.step(model, cache, inputs, has_positions, n if i == 0 else 1, vocab_size)
+    cache.length = end
+    return cache.tokens[:rows, first : end + 1].clone()
+
+
+def _greedy_step(
+    model: PreTrainedModel, cache: FixedCache, inputs: dict[str, Any], has_positions: bool, n: int, vocab_size: int
+) -> None:
+    """Reads the `n` newest of the cache's tokens, and writes the one that the model puts behind them."""
+    at = torch.arange(n, device=cache.start.device) + cache.start
+    inputs = {**inputs, "input_ids": cache.tokens.index_select(1, at), "attention_mask": cache.mask}
+    if has_positions:
+        inputs["position_ids"] = _positions(cache.mask).index_select(1, at)
+    choices = model(**inputs, return_dict=True).logits[:, -1:, :vocab_size].argmax(dim=-1)
+    cache.tokens.index_copy_(1, at[-1:] + 1, choices)
+    cache.start.add_(n)
+
+
+def _model_inputs(
+    model: PreTrainedModel, tokens: torch.Tensor | None, cache: Cache, num_logits: int
+) -> dict[str, Any]:
     accepted = _forward_parameters(type(model))
     # A model whose code comes from the Hub may go by the old name for longer.
     cache_name = "past_key_values" if "past_key_values" in accepted else CACHE_NAME
@@ -141,7 +199,11 @@ def _position_ids(model: PreTrainedModel, mask: torch.Tensor, columns: slice) ->
     """Filling doesn't count."""
     if "position_ids" not in _forward_parameters(type(model)):
         return {}
-    return {"position_ids": (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, columns]}
+    return {"position_ids": _positions(mask)[:, columns]}
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
 def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:

@@ -24,6 +24,7 @@ from .caches import (
 )
 from .candidate_generator import JudgeCandidateGenerator, PromptLookup
 from .checks import check_supported, checked_draft_length, checked_judge, warn_once
+from .draft_length import draft_schedule
 from .features import judge_inputs
 from .forward import cached_forward, first_layers, max_positions
 from .rows import RowProcessors, Rows, StopRule
@@ -123,11 +124,13 @@ def judge_decoding(
         ValueError: before any forward, for whatever isn't supported or doesn't fit.
     """
     check_supported(model, assistant_model, input_ids, generation_config, streamer, model_kwargs)
-    draft_length = checked_draft_length(num_assistant_tokens, assistant_model, generation_config)
+    num_assistant_tokens = checked_draft_length(num_assistant_tokens, assistant_model, generation_config)
     if generation_config.assistant_early_exit is not None:
         assistant_model = first_layers(model, generation_config.assistant_early_exit)
     threshold = checked_judge(judge, judge_threshold, model, assistant_model, generation_config)
 
+    circumstances = threshold, len(input_ids), generation_config.cache_implementation
+    draft_length = draft_schedule(num_assistant_tokens, assistant_model, circumstances)
     judges = judge is not None and threshold > 0.0
     reads_target = judges and judge.reads_states and judge.config.hidden_size is not None
     reads_assistant = judges and judge.reads_states and judge.config.assistant_hidden_size is not None

@@ -111,7 +111,9 @@ def mine_mismatches(
     if not isinstance(temperature, (int, float)) or not 0.0 <= temperature < math.inf:
         raise ValueError(f"`temperature` must be 0 (greedy) or a positive number, got {temperature!r}.")
     examples = list(dataset)
-    draft_length = checked_draft_length(num_assistant_tokens, assistant_model, None).longest
+    draft_length = checked_draft_length(num_assistant_tokens, assistant_model, None)
+    if isinstance(draft_length, str):
+        raise ValueError(f"`num_assistant_tokens` of mining must be an int of at least 1, got {draft_length!r}.")
     prompts = [
         _prompt_ids(i, example, task, tokenizer, (model, assistant_model), max_new_tokens)
         for i, example in enumerate(examples)
