@@ -64,8 +64,8 @@ def judge_inputs(
         states.append(logit_features(candidate_ids, target_logits[:, :k]))
     if with_assistant_logit_features:
         states.append(assistant_logit_features(candidate_ids, target_logits[:, :k], assistant_logits))
-    empty = torch.empty(*candidate_ids.shape, 0, device=device)
-    return JudgeInputs(candidate_ids, target_logits[:, :k], torch.cat([empty, *states], dim=-1), assistant_logits)
+    features = torch.cat(states, dim=-1) if states else torch.empty(*candidate_ids.shape, 0, device=device)
+    return JudgeInputs(candidate_ids, target_logits[:, :k], features, assistant_logits)
 
 
 def logit_features(candidate_ids: torch.LongTensor, target_logits: torch.Tensor) -> torch.Tensor:
@@ -80,10 +80,11 @@ def logit_features(candidate_ids: torch.LongTensor, target_logits: torch.Tensor)
         target_logits (`torch.FloatTensor` of shape `(b, k, v)`).
     """
     log_p = target_logits.log_softmax(dim=-1)
-    candidate = log_p.gather(2, candidate_ids[..., None]).squeeze(2)
-    rank = 1 + (log_p > candidate[..., None]).sum(dim=-1)
-    entropy = torch.special.entr(log_p.exp()).sum(dim=-1)
-    return torch.stack([candidate, log_p.amax(dim=-1) - candidate, rank.log(), entropy], dim=-1)
+    candidate = log_p.gather(2, candidate_ids[..., None])
+    num_better = (log_p > candidate).sum(dim=-1, keepdim=True)
+    entropy = torch.special.entr(log_p.exp()).sum(dim=-1, keepdim=True)
+    margin = log_p.amax(dim=-1, keepdim=True) - candidate
+    return torch.cat([candidate, margin, num_better.log1p(), entropy], dim=-1)
 
 
 def assistant_logit_features(

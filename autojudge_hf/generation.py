@@ -168,7 +168,7 @@ def judge_decoding(
         )
     kept = _Kept(generation_config, len(input_ids))
     counts = [[0] * len(COUNTS) for _ in range(len(input_ids))]
-    all_finite = torch.ones((), dtype=torch.bool, device=input_ids.device)
+    sum_of_states = torch.zeros((), device=input_ids.device)
 
     prefill = True
     while rows.active:
@@ -200,8 +200,15 @@ def judge_decoding(
         logits = outputs.logits[:, -k - 1 :].to(input_ids.device, torch.float32)
         processed = processors(rows, candidate_ids, logits)
 
+        lengths = [min(k, *limits) for limits in zip(room, drafter.lengths or room)]
+        if generation_config.do_sample:
+            verification = verify_sampled(candidate_ids, processed, assistant_logits, lengths)
+        else:
+            verification = verify_greedy(candidate_ids, processed)
+
         is_harmless = None
-        if judges and k > 0:
+        # Elsewhere it takes less time to ask than to see whether there is something to ask.
+        if judges and k > 0 and not (input_ids.device.type == "cpu" and verification.matches.all()):
             inputs = judge_inputs(
                 candidate_ids,
                 processed,
@@ -214,15 +221,10 @@ def judge_decoding(
             )
             is_harmless = harmless(judge(inputs), threshold)
             # Logit features of a candidate that processors forbid are infinite, and no cause for alarm.
-            all_finite &= torch.isfinite(inputs.features[..., :num_state_features]).all()
-        lengths = [min(k, *limits) for limits in zip(room, drafter.lengths or room)]
-        if generation_config.do_sample:
-            verification = verify_sampled(candidate_ids, processed, assistant_logits, is_harmless, lengths)
-        else:
-            verification = verify_greedy(candidate_ids, processed, is_harmless)
+            sum_of_states += inputs.features[..., :num_state_features].sum()
 
         blocks, finished = [], []
-        outcomes = verification.on_host(candidate_ids, lengths, stop.eos_token_ids)
+        outcomes = verification.on_host(candidate_ids, is_harmless, lengths, stop.eos_token_ids)
         for j, (block, judged, n) in enumerate(outcomes):
             num_kept, done = stop(rows, j, block)
             blocks.append(block[:num_kept])
@@ -252,7 +254,7 @@ def judge_decoding(
 
     if streamer is not None:
         streamer.end()
-    if not all_finite:
+    if not sum_of_states.isfinite():
         warn_once("Hidden states with NaN or infinity: the judge rejects the candidates they belong to.")
     for part, used in ((model, cache), (assistant_model, assistant_cache)):
         if isinstance(used, FixedCache):

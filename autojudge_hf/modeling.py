@@ -159,7 +159,7 @@ class LinearJudge(Judge):
         """Scores as fp32 logits, shape `(..., f)` to `(...)`; summed in double precision."""
         # Apple's GPUs have no double precision.
         device = torch.device("cpu") if features.device.type == "mps" else features.device
-        tensors = {name: tensor.to(device, torch.float64) for name, tensor in self.named_parameters()}
+        tensors = {name: tensor.to(device, torch.float64) for name, tensor in self._parameters.items()}
         return self._scores(features.to(device, torch.float64), **tensors).to(features.device, torch.float32)
 
     @staticmethod

@@ -28,40 +28,43 @@ class RowOutcome(NamedTuple):
 
 
 class Verification(NamedTuple):
-    """What the rule says of every candidate, should those before it all be accepted.
+    """What the target says of every candidate, should those before it all be accepted.
 
     Attributes:
-        matches (`torch.BoolTensor` of shape `(b, k)`): the target agrees.
-        is_harmless (`torch.BoolTensor` of shape `(b, k)`, *optional*): or else the judge calls it harmless.
+        matches (`torch.BoolTensor` of shape `(b, k)`): it agrees.
         own_tokens (`torch.LongTensor` of shape `(b, k + 1)`): what the target writes in the candidate's place: a
             correction, and behind the last candidate a bonus.
     """
 
     matches: torch.Tensor
-    is_harmless: torch.Tensor | None
     own_tokens: torch.Tensor
 
     def on_host(
-        self, candidate_ids: torch.LongTensor, lengths: Sequence[int], eos_token_ids: Collection[int]
+        self,
+        candidate_ids: torch.LongTensor,
+        is_harmless: torch.Tensor | None,
+        lengths: Sequence[int],
+        eos_token_ids: Collection[int],
     ) -> list[RowOutcome]:
-        """What each row comes to, by one copy from the device: the accepted prefix is found here.
+        """Keeps candidates while each matches or is harmless; by one copy from the device.
 
         Args:
             candidate_ids (`torch.LongTensor` of shape `(b, k)`): the assistant's tokens.
+            is_harmless (`torch.BoolTensor` of shape `(b, k)`, *optional*): what the judge would accept.
             lengths (`Sequence[int]`): how many of each row's candidates there really are. Behind a shorter draft the
                 target's own token follows, and none is a candidate behind an EOS token.
             eos_token_ids (`Collection[int]`): which these are.
         """
         k = candidate_ids.shape[1]
         columns = [candidate_ids, self.own_tokens, self.matches]
-        if self.is_harmless is not None:
-            columns.append(self.is_harmless)
+        if is_harmless is not None:
+            columns.append(is_harmless)
         outcomes = []
         for row, length in zip(torch.cat(columns, dim=1).tolist(), lengths):
             candidates, own, matches = row[:k], row[k : 2 * k + 1], row[2 * k + 1 : 3 * k + 1]
-            is_harmless = row[3 * k + 1 :] or [0] * k
+            harmless = row[3 * k + 1 :] or [0] * k
             n = next((i for i, token in enumerate(candidates[:length], 1) if token in eos_token_ids), length)
-            end = next((i for i in range(n) if not matches[i] and not is_harmless[i]), n)
+            end = next((i for i in range(n) if not matches[i] and not harmless[i]), n)
             judged = [not matched for matched in matches[:end]]
             outcomes.append(RowOutcome([*candidates[:end], own[end]], judged, n))
         return outcomes
@@ -76,30 +79,26 @@ def harmless(score_logits: torch.Tensor, threshold: float) -> torch.Tensor:
     if threshold >= 1.0:
         return torch.ones_like(score_logits, dtype=torch.bool)
     bound = math.log(threshold) - math.log1p(-threshold) if threshold > 0.0 else -math.inf
-    return torch.isfinite(score_logits) & (score_logits < bound)
+    return torch.nan_to_num(score_logits, nan=math.inf, neginf=math.inf) < bound
 
 
-def verify_greedy(
-    candidate_ids: torch.Tensor, target_logits: torch.Tensor, is_harmless: torch.Tensor | None
-) -> Verification:
-    """A candidate is accepted where it is the target's argmax, or harmless.
+def verify_greedy(candidate_ids: torch.Tensor, target_logits: torch.Tensor) -> Verification:
+    """A candidate matches where it is the target's argmax.
 
     Args:
         candidate_ids (`torch.LongTensor` of shape `(b, k)`): the assistant's tokens.
         target_logits (`torch.FloatTensor` of shape `(b, k + 1, v)`): the target's processed logits; position i
             follows candidate i - 1, so that `target_logits[:, i]` is for candidate i and the last one is for the
             bonus token.
-        is_harmless (`torch.BoolTensor` of shape `(b, k)`, *optional*): what the judge would accept.
     """
     choices = target_logits.argmax(dim=-1)
-    return Verification(candidate_ids == choices[:, :-1], is_harmless, choices)
+    return Verification(candidate_ids == choices[:, :-1], choices)
 
 
 def verify_sampled(
     candidate_ids: torch.Tensor,
     target_logits: torch.Tensor,
     assistant_logits: torch.Tensor | None,
-    is_harmless: torch.Tensor | None,
     lengths: Sequence[int],
 ) -> Verification:
     """Speculative sampling (arXiv 2211.17192, algorithm 1) in which a harmless rejection is taken back.
@@ -109,7 +108,7 @@ def verify_sampled(
     Without a judge that is p.
 
     Args:
-        candidate_ids, target_logits, is_harmless: see `verify_greedy`.
+        candidate_ids, target_logits: see `verify_greedy`.
         assistant_logits (`torch.FloatTensor` of shape `(b, k, v)`, *optional*): the processed logits that the
             candidates were drawn from; minus infinity where the assistant has no such token. `None`: each candidate
             was certain.
@@ -134,4 +133,4 @@ def verify_sampled(
     # p = q exactly leaves no residual mass; then nothing is rejected, but rounding can say otherwise.
     residual = torch.where(residual.sum(dim=-1, keepdim=True) > 0, residual, p)
     own_tokens = torch.multinomial(residual.flatten(0, 1), num_samples=1).view(p.shape[:2])
-    return Verification(matches, is_harmless, own_tokens)
+    return Verification(matches, own_tokens)

@@ -561,6 +561,8 @@ def test_bad_input(random_pair, tmp_path):
         mine_random(random_pair, max_new_tokens=0)
     with pytest.raises(ValueError, match="state_position"):
         mine_random(random_pair, state_position="next")
+    with pytest.raises(ValueError, match="num_assistant_tokens.*adaptive"):
+        mine_random(random_pair, num_assistant_tokens="adaptive")
     with pytest.raises(ValueError, match="temperature.*-0.1"):
         mine_random(random_pair, temperature=-0.1)
     with pytest.raises(ValueError, match="features_dtype.*int8"):

@@ -187,8 +187,8 @@ def test_plain_resampling_would_be_noticed(pair_of_eight, top_k, monkeypatch):
     """A test of the test above: a correction drawn from p instead of the residual must fail it."""
     real = autojudge_hf.generation.verify_sampled
 
-    def from_p(candidate_ids, target_logits, assistant_logits, is_harmless, lengths):
-        verification = real(candidate_ids, target_logits, assistant_logits, is_harmless, lengths)
+    def from_p(candidate_ids, target_logits, assistant_logits, lengths):
+        verification = real(candidate_ids, target_logits, assistant_logits, lengths)
         p = target_logits.softmax(dim=-1)
         return verification._replace(own_tokens=torch.multinomial(p.flatten(0, 1), 1).view(p.shape[:2]))
 

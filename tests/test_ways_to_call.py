@@ -237,6 +237,19 @@ def test_states_that_arent_finite_are_rejected_and_counted(random_pair, linear_j
     assert len(messages) == 1 and "NaN or infinity" in messages[0]
 
 
+def test_a_judge_is_asked_about_mismatches_only(random_pair, linear_judge, monkeypatch):
+    """On a CPU, where a question that nobody has costs time."""
+    model, assistant = random_pair
+    asked = []
+    monkeypatch.setattr(autojudge_hf.generation, "judge_inputs", lambda *args: asked.append(args[0]) or 1 / 0)
+    options = {"do_sample": False, "max_new_tokens": 40, "judge": linear_judge, "judge_threshold": 0.5}
+    agreeing = model.generate(PROMPT, assistant_model=model, **options)
+    assert torch.equal(agreeing, model.generate(PROMPT, do_sample=False, max_new_tokens=40)) and not asked
+    with pytest.raises(ZeroDivisionError):
+        model.generate(PROMPT, assistant_model=assistant, **options)
+    assert len(asked) == 1
+
+
 def test_forbidden_candidates_are_no_broken_states(random_pair, caplog):
     """Top-k sampling leaves candidates without probability: their logit features are infinite, the states are fine."""
     model, assistant = random_pair
