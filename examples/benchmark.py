@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed of every way to decode with the embedded pair, in one run: warm-up left out, rounds interleaved.
+"""Speed of every way to decode with the embedded pair, in one run.
 
     python examples/benchmark.py --judge runs/quickstart/judge
 
-Each row is the median of the rounds, so that a busy moment of the machine hits all rows alike, and is compared with a
-row measured just before.
+A machine's speed drifts by more than what is to be seen, and so the ways take turns: each problem is decoded by all of
+them, in random order, before the next one is. A first round is left out: it warms up, compiles, and lets adaptive
+lengths settle. A way's time for a problem is its median over the other rounds. Every lossless text is compared with
+that of the target alone.
 """
 
 from __future__ import annotations
@@ -13,15 +15,19 @@ import argparse
 import contextlib
 import functools
 import json
+import random
 import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig
 
 from autojudge_hf import AutoJudge, judge_decoding
-from autojudge_hf.evaluation import measure_decoding
 from autojudge_hf.tasks import GSM8K
 
 
@@ -30,17 +36,19 @@ MAX_NEW_TOKENS = 320
 
 
 class Way(NamedTuple):
-    """A row: `arguments` of `generate`, `settings` of the assistant, and the row it is compared with."""
+    """A row: `arguments` of `generate`, `settings` of the assistant, and the row of batch 1 it is compared with."""
 
     name: str
+    draft_length: int | str
     batch_size: int
     arguments: dict[str, Any]
-    settings: dict[str, Any] = {}
-    reference: str = ""
+    settings: dict[str, Any]
+    reference: tuple[str, int | str]
+    is_lossless: bool = True
 
 
 @contextlib.contextmanager
-def assistant_settings(model, **values):
+def assistant_settings(model, **values) -> Iterator[None]:
     """Stock assisted generation reads its settings from the assistant's generation config."""
     config = model.generation_config
     before = {name: getattr(config, name) for name in values}
@@ -52,14 +60,65 @@ def assistant_settings(model, **values):
             setattr(config, name, value)
 
 
+def ways_to_decode(draft, judge: AutoJudge, draft_lengths: list[int | str], batch_sizes: list[int]) -> list[Way]:
+    alone, stock = ("target alone", ""), {"assistant_model": draft}
+    ways = [Way(*alone, b, {}, {}, alone) for b in batch_sizes]
+    ways.append(Way("stock, its defaults", "", 1, stock, {}, alone))
+    ours = {**stock, "return_dict_in_generate": True}
+    compiled = {"cache_implementation": "static", "compile_config": CompileConfig(dynamic=False)}
+    for k in draft_lengths:
+        lossless = {**ours, "custom_generate": functools.partial(judge_decoding, **stock, num_assistant_tokens=k)}
+        judged = {**ours, "judge": judge, "num_assistant_tokens": k}
+        # Asks the judge about every mismatch and accepts none: what judging costs.
+        rejecting = {**judged, "judge_threshold": 1e-12}
+        beside, own = ("stock, its defaults", ""), ("ours lossless", k)
+        if k != "adaptive":
+            fixed = {"num_assistant_tokens": k, "assistant_confidence_threshold": 0.0}
+            unsure = {**fixed, "assistant_confidence_threshold": 0.4}
+            scheduled = {**fixed, "num_assistant_tokens_schedule": "heuristic"}
+            beside = ("stock", k)
+            ways.append(Way("stock, stops when unsure", k, 1, stock, unsure, alone))
+            ways.append(Way("stock, its schedule", k, 1, stock, scheduled, alone))
+            ways.append(Way(*beside, 1, stock, fixed, alone))
+        ways.append(Way(*own, 1, lossless, {}, beside))
+        ways.append(Way("ours, judge rejects all", k, 1, rejecting, {}, own))
+        ways.append(Way("ours lossless, compiled", k, 1, {**lossless, **compiled}, {}, beside))
+        ways.append(Way("ours judged, compiled", k, 1, {**judged, **compiled}, {}, beside, is_lossless=False))
+        ways += [Way("ours lossless", k, b, lossless, {}, own) for b in batch_sizes[1:]]
+        ways += [Way("ours judged", k, b, judged, {}, own, is_lossless=False) for b in batch_sizes]
+    return ways
+
+
+def decode(model, draft, inputs, way: Way) -> tuple[float, list[list[int]], int]:
+    """Seconds, every row's response up to its end, and target forwards with the prefill, rows added up."""
+    calls = []
+    hook = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    with assistant_settings(draft, **way.settings):
+        started = time.perf_counter()
+        output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, **way.arguments)
+        seconds = time.perf_counter() - started
+    hook.remove()
+    forwards = len(calls) * way.batch_size
+    if not isinstance(output, torch.Tensor):  # a compiled forward has no hooks, and a row leaves its batch
+        forwards = int(output.num_target_forwards.sum()) + way.batch_size
+        output = output.sequences
+    eos = model.generation_config.eos_token_id
+    responses = [row.tolist() for row in output[:, inputs["input_ids"].shape[1] :]]
+    return seconds, [row[: row.index(eos) + 1] if eos in row else row for row in responses], forwards
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--judge", default="runs/quickstart/judge", help="folder of a judge for the embedded pair")
-    parser.add_argument("--num_problems", type=int, default=16, help="held-out problems, a multiple of 8")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--num_problems", type=int, default=16, help="held-out problems, a multiple of the batch sizes"
+    )
+    parser.add_argument("--rounds", type=int, default=4, help="behind the one that is left out")
     parser.add_argument("--draft_lengths", type=int, nargs="+", default=[4, 8, 16], help="and adaptive, ours only")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 8], help="the first is compared with")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 8], help="the first one is 1")
     args = parser.parse_args()
+    if args.batch_sizes[0] != 1 or any(args.num_problems % b for b in args.batch_sizes):
+        parser.error(f"--batch_sizes must begin with 1 and divide --num_problems, got {args.batch_sizes}.")
     torch.set_num_threads(2)
 
     judge = AutoJudge.from_pretrained(args.judge)
@@ -69,67 +128,56 @@ def main() -> None:
     )
     with open(PAIR / "gsm8k_test.jsonl", encoding="utf-8") as file:
         problems = [json.loads(line) for _, line in zip(range(args.num_problems), file)]
-    measure = functools.partial(
-        measure_decoding, model, tokenizer, problems, GSM8K(), max_new_tokens=MAX_NEW_TOKENS, do_sample=False
-    )
-
-    # Rows that are compared stand together, since a machine's speed drifts.
-    ways: list[Way] = [Way("target alone", b, {}, reference="target alone") for b in args.batch_sizes]
-    stock = {"assistant_model": draft}
-    ways.append(Way("stock, its defaults", 1, stock, reference="target alone"))
-    ours = {**stock, "return_dict_in_generate": True}
-    compiled = {"cache_implementation": "static", "compile_config": CompileConfig(dynamic=False)}
-    for k in [*args.draft_lengths, "adaptive"]:
-        lossless = {**ours, "custom_generate": functools.partial(judge_decoding, **stock, num_assistant_tokens=k)}
-        judged = {**ours, "judge": judge, "num_assistant_tokens": k}
-        # Asks the judge about every mismatch and accepts none: what judging costs.
-        rejecting = {**judged, "judge_threshold": 1e-12}
-        beside = "stock, its defaults"
-        if k != "adaptive":
-            fixed = {"num_assistant_tokens": k, "assistant_confidence_threshold": 0.0}
-            unsure = {**fixed, "assistant_confidence_threshold": 0.4}
-            scheduled = {**fixed, "num_assistant_tokens_schedule": "heuristic"}
-            beside = f"stock, {k}"
-            ways.append(Way(f"stock, {k}, stops when unsure", 1, stock, unsure, "target alone"))
-            ways.append(Way(f"stock, {k}, its schedule", 1, stock, scheduled, "target alone"))
-            ways.append(Way(beside, 1, stock, fixed, "target alone"))
-        ways.append(Way(f"ours lossless, {k}", 1, lossless, reference=beside))
-        ways.append(Way(f"ours, judge rejects all, {k}", 1, rejecting, reference=f"ours lossless, {k}"))
-        ways.append(Way(f"ours lossless, compiled, {k}", 1, {**lossless, **compiled}, reference=beside))
-        ways.append(Way(f"ours judged, compiled, {k}", 1, {**judged, **compiled}, reference=beside))
-        for b in args.batch_sizes[1:]:
-            ways.append(Way(f"ours lossless, {k}", b, lossless, reference=f"ours lossless, {k}"))
-        for b in args.batch_sizes:
-            ways.append(Way(f"ours judged, {k}", b, judged, reference=f"ours lossless, {k}"))
-
-    rows: list[list[dict]] = [[] for _ in ways]
-    for number in range(args.rounds):
-        for row, way in zip(rows, ways):
-            with assistant_settings(draft, **way.settings):
-                description = f"round {number + 1}: {way.name}, batch {way.batch_size}"
-                row.append(measure(description, batch_size=way.batch_size, **way.arguments))
-
-    speeds = {
-        (way.name, way.batch_size): [result["tokens_per_second"] for result in row] for way, row in zip(ways, rows)
+    task = GSM8K()
+    prompts = [task.prompt(problem, tokenizer) for problem in problems]
+    options = {"return_tensors": "pt", "padding": True, "padding_side": "left", "add_special_tokens": False}
+    batches = {
+        b: [tokenizer(prompts[i : i + b], **options) for i in range(0, len(prompts), b)] for b in args.batch_sizes
     }
-    print(f"\n{args.num_problems} problems, {args.rounds} rounds, {torch.get_num_threads()} threads, fp32")
-    print("times: the median over rounds of the speed, divided by that of the reference, batch 1, in the same round")
-    print(f"{'decoding, draft length':32}  batch  accuracy  tokens/cycle  tokens/s (from, to)  times  of")
-    for way, row in zip(ways, rows):
-        own, reference = speeds[way.name, way.batch_size], speeds[way.reference, args.batch_sizes[0]]
-        print(
-            f"{way.name:32}  {way.batch_size:5}  {row[0]['accuracy']:8.1%}  {row[0]['tokens_per_cycle']:12.2f}"
-            f"  {statistics.median(own):6.0f} ({min(own):5.0f}, {max(own):5.0f})"
-            f"  {statistics.median(a / b for a, b in zip(own, reference)):5.2f}  {way.reference}"
-        )
-    medians = {name: statistics.median(row) for (name, batch), row in speeds.items() if batch == args.batch_sizes[0]}
-    stock_at_best = max(speed for name, speed in medians.items() if name.startswith("stock"))
+    ways = ways_to_decode(draft, judge, [*args.draft_lengths, "adaptive"], args.batch_sizes)
+
+    seconds: dict[tuple, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    texts: dict[tuple, list[list[int]]] = defaultdict(list)
+    forwards: dict[tuple, int] = defaultdict(int)
+    order, turns = random.Random(0), [(b, i) for b in args.batch_sizes for i in range(len(batches[b]))]
+    for number in range(args.rounds + 1):
+        for b, i in tqdm(turns, desc=f"round {number} of {args.rounds}"):
+            taking_part = [way for way in ways if way.batch_size == b]
+            for way in order.sample(taking_part, k=len(taking_part)):
+                spent, responses, num_forwards = decode(model, draft, batches[b][i], way)
+                key = way.name, way.draft_length, b
+                if number:
+                    seconds[key][i].append(spent)
+                if number == args.rounds:
+                    texts[key] += responses
+                    forwards[key] += num_forwards
+
+    num_tokens = {key: sum(map(len, responses)) for key, responses in texts.items()}
+    speed = {key: num_tokens[key] / sum(map(statistics.median, by.values())) for key, by in seconds.items()}
+    rounds = {
+        key: [num_tokens[key] / sum(by[i][r] for i in by) for r in range(args.rounds)] for key, by in seconds.items()
+    }
+    print(f"\n{len(prompts)} problems, {args.rounds} rounds, {torch.get_num_threads()} threads, fp32")
+    print("times: tokens/s by those of another row of batch 1; in brackets the least and the most of any round\n")
+    header = "decoding|draft length|batch|tokens per forward|tokens/s|times|of"
+    print("| " + header.replace("|", " | ") + " |\n|" + " --- |" * (header.count("|") + 1))
+    for way in ways:
+        key, reference = (way.name, way.draft_length, way.batch_size), (*way.reference, 1)
+        ratios = [own / other for own, other in zip(rounds[key], rounds[reference])]
+        per_forward = f"{num_tokens[key] / forwards[key]:.2f}"
+        times = f"{speed[key] / speed[reference]:.2f} ({min(ratios):.2f}, {max(ratios):.2f})"
+        compared = f"{way.reference[0]} {way.reference[1]}".strip()
+        cells = [way.name, way.draft_length, way.batch_size, per_forward, f"{speed[key]:.0f}", times, compared]
+        print("| " + " | ".join(map(str, cells)) + " |")
+    lossless = {(way.name, way.draft_length, way.batch_size) for way in ways if way.is_lossless}
+    same = sum(texts[key] == texts["target alone", "", 1] for key in lossless)
+    print(f"\n{same} of {len(lossless)} lossless ways give the target's own tokens for every problem.")
+    stock_at_best = max(value for (name, _, _), value in speed.items() if name.startswith("stock"))
     for ours in ("ours lossless", "ours judged", "ours lossless, compiled", "ours judged, compiled"):
-        fixed = max(medians[f"{ours}, {k}"] for k in args.draft_lengths)
-        adaptive = medians[f"{ours}, adaptive"]
+        fixed = max(speed[ours, k, 1] for k in args.draft_lengths)
         print(
             f"{ours}: at its best fixed length {fixed / stock_at_best:.2f} times stock at its best, "
-            f"adaptive {adaptive / fixed:.2f} times that"
+            f"adaptive {speed[ours, 'adaptive', 1] / fixed:.2f} times that"
         )
 
 
