@@ -49,6 +49,7 @@ class AdaptiveDraftLength:
 
     Args:
         value (`int`, *optional*, defaults to 8): candidates of the first cycle, of which nothing is known yet.
+        lengths (`tuple[int]`, *optional*): what to choose from, in ascending order.
 
     Example:
         >>> schedule = AdaptiveDraftLength(8)
@@ -60,14 +61,14 @@ class AdaptiveDraftLength:
 
     #: Near enough to each other that none in between would gain.
     LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+    #: For forwards of a fixed shape, each of which is compiled.
+    FEW_LENGTHS = (1, 2, 4, 8, 16, 32)
     # Weight that a cycle keeps when the next one comes: the last fifty or so count.
     MEMORY = 0.98
 
-    def __init__(self, value: int = 8):
-        self.longest = self.LENGTHS[-1]
-        self.value = value
-        #: Each is compiled for itself, so that these are few; lengths in between are filled up.
-        self.widths = [1 + 2**i for i in range(self.longest.bit_length())]
+    def __init__(self, value: int = 8, lengths: tuple[int, ...] = LENGTHS):
+        self.value, self.lengths, self.longest = value, lengths, lengths[-1]
+        self.widths = [1 + length for length in lengths]
         # As if a first cycle had seen four accepted candidates and a rejected one.
         self._accepted, self._rejected = 4.0, 1.0
         # Sums of logarithms: a forward that was compiled took a thousand times as long as the next one will.
@@ -96,7 +97,7 @@ class AdaptiveDraftLength:
         self._draft += math.log(draft / max(lengths))
         self._verify += math.log(verify)
         self._cycles += 1.0
-        self.value = max(self.LENGTHS, key=self._tokens_per_second)
+        self.value = max(self.lengths, key=self._tokens_per_second)
 
     def _tokens_per_second(self, k: int) -> float:
         a = self._accepted / (self._accepted + self._rejected)
@@ -109,7 +110,11 @@ _learned: WeakKeyDictionary[PreTrainedModel, dict[Hashable, AdaptiveDraftLength]
 
 
 def draft_schedule(
-    num_assistant_tokens: int | str, assistant_model: PreTrainedModel | None, circumstances: Hashable
+    num_assistant_tokens: int | str,
+    assistant_model: PreTrainedModel | None,
+    *,
+    has_fixed_shapes: bool,
+    circumstances: Hashable,
 ) -> FixedDraftLength | AdaptiveDraftLength:
     """The schedule for a fixed number, or an adaptive one.
 
@@ -118,6 +123,9 @@ def draft_schedule(
     """
     if num_assistant_tokens != ADAPTIVE:
         return FixedDraftLength(num_assistant_tokens)
+    schedule = AdaptiveDraftLength(
+        lengths=AdaptiveDraftLength.FEW_LENGTHS if has_fixed_shapes else AdaptiveDraftLength.LENGTHS
+    )
     if assistant_model is None:
-        return AdaptiveDraftLength()
-    return _learned.setdefault(assistant_model, {}).setdefault(circumstances, AdaptiveDraftLength())
+        return schedule
+    return _learned.setdefault(assistant_model, {}).setdefault((has_fixed_shapes, circumstances), schedule)

@@ -241,6 +241,8 @@ def vocab_size(model: PreTrainedModel) -> int:
 def of_vocabulary(logits: torch.Tensor, size: int) -> torch.Tensor:
     """Logits for `size` tokens. Pairs may pad one vocabulary to different sizes; a token that lacks has no chance."""
     missing = size - logits.shape[-1]
+    if missing == 0:
+        return logits
     return torch.nn.functional.pad(logits, (0, missing), value=float("-inf")) if missing > 0 else logits[..., :size]
 
 

@@ -129,8 +129,13 @@ def judge_decoding(
         assistant_model = first_layers(model, generation_config.assistant_early_exit)
     threshold = checked_judge(judge, judge_threshold, model, assistant_model, generation_config)
 
-    circumstances = threshold, len(input_ids), generation_config.cache_implementation
-    draft_length = draft_schedule(num_assistant_tokens, assistant_model, circumstances)
+    is_static = generation_config.cache_implementation == "static"
+    draft_length = draft_schedule(
+        num_assistant_tokens,
+        assistant_model,
+        has_fixed_shapes=is_static,
+        circumstances=(threshold, len(input_ids)),
+    )
     judges = judge is not None and threshold > 0.0
     reads_target = judges and judge.reads_states and judge.config.hidden_size is not None
     reads_assistant = judges and judge.reads_states and judge.config.assistant_hidden_size is not None
@@ -141,7 +146,7 @@ def judge_decoding(
     limits = [max_positions(m) for m in (model, assistant_model) if m is not None]
     max_length = min((limit for limit in limits if limit), default=math.inf)
     cache, assistant_cache = model_kwargs[CACHE_NAME], None
-    if generation_config.cache_implementation == "static":
+    if is_static:
         budget = max(stop.max_new_tokens)
         fixed = functools.partial(_fixed_or_growing, len(input_ids), generation_config)
         longest = input_ids.shape[1] + budget

@@ -129,7 +129,8 @@ def main() -> None:
     with open(PAIR / "gsm8k_test.jsonl", encoding="utf-8") as file:
         problems = [json.loads(line) for _, line in zip(range(args.num_problems), file)]
     task = GSM8K()
-    prompts = [task.prompt(problem, tokenizer) for problem in problems]
+    # Rows of a batch wait for its longest.
+    prompts = sorted((task.prompt(problem, tokenizer) for problem in problems), key=len)
     options = {"return_tensors": "pt", "padding": True, "padding_side": "left", "add_special_tokens": False}
     batches = {
         b: [tokenizer(prompts[i : i + b], **options) for i in range(0, len(prompts), b)] for b in args.batch_sizes

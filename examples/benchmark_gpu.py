@@ -102,6 +102,17 @@ def counting_model(sizes: dict[str, Any], skips: torch.Tensor, marked: torch.Ten
     return model
 
 
+def planted_pair(args) -> tuple[PreTrainedModel, PreTrainedModel, torch.Tensor]:
+    """Target, draft, and which tokens are important to jump to: `args.agreement` and `args.harmless` are shares."""
+    sizes, draft_sizes = PAIRS[args.pair]
+    torch.manual_seed(1)
+    skips = (torch.rand(sizes["vocab_size"]) > args.agreement).to(args.device)
+    # The judge sees the candidate: the token that a skip leads to.
+    important = (torch.rand(sizes["vocab_size"]) > args.harmless).to(args.device)
+    model = counting_model(sizes, torch.zeros_like(skips), important, args)
+    return model, counting_model(draft_sizes, skips, None, args), important
+
+
 def bandwidth(device: str, size: int) -> float:
     """Bytes read and written a second, by copies of `size` bytes."""
     source = torch.empty(size, dtype=torch.uint8, device=device)
@@ -182,13 +193,17 @@ def run(model: PreTrainedModel, draft: PreTrainedModel, way: Way, args) -> dict[
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pair", choices=list(PAIRS), default="llama")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default="bfloat16")
     parser.add_argument("--agreement", type=float, default=0.8, help="share of tokens at which the draft agrees")
-    parser.add_argument("--harmless", type=float, default=0.65, help="share of the mismatches that the judge accepts")
+    parser.add_argument("--harmless", type=float, default=0.65, help="share of the mismatches that don't matter")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    add_pair_arguments(parser)
     parser.add_argument("--draft_lengths", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--ways", nargs="+", help="only rows whose names have one of these parts")
@@ -200,16 +215,11 @@ def main() -> None:
     if args.device == "cpu":
         args.dtype = torch.float32
 
-    sizes, draft_sizes = PAIRS[args.pair]
-    args.vocab_size = min(sizes["vocab_size"], draft_sizes["vocab_size"])
-    torch.manual_seed(1)
-    skips = (torch.rand(sizes["vocab_size"]) > args.agreement).to(args.device)
-    # The judge sees the candidate: the token that a skip leads to.
-    important = (torch.rand(sizes["vocab_size"]) > args.harmless).to(args.device)
-    model = counting_model(sizes, torch.zeros_like(skips), important, args)
-    draft = counting_model(draft_sizes, skips, None, args)
-    judge = AutoJudge.from_config(JudgeConfig(hidden_size=sizes["hidden_size"], threshold=0.5))
-    weight = torch.zeros(sizes["hidden_size"])
+    model, draft, _ = planted_pair(args)
+    hidden_size = model.config.hidden_size
+    args.vocab_size = min(model.config.vocab_size, draft.config.vocab_size)
+    judge = AutoJudge.from_config(JudgeConfig(hidden_size=hidden_size, threshold=0.5))
+    weight = torch.zeros(hidden_size)
     weight[0] = 10.0
     judge.load_state_dict({"weight": weight, "bias": torch.zeros(1)})
 
