@@ -6,7 +6,7 @@
 
 Compute and memory traffic are those of the real pair. But what attention and MLP give is zero, and so the next token
 only depends on the last: the target counts up, the draft skips a token at a chosen share of all tokens, and the judge
-knows by a direction in the hidden states which of these are harmless. The roofline is the time to read the weights
+knows by the mean of a hidden state which of these are harmless. The roofline is the time to read the weights
 that a cycle reads, at the bandwidth of a copy in the same run; keys, values and the prefill are left out of it, and so
 are in what a row loses. Every row starts with nothing compiled and nothing kept: its first call compiles. (Stock makes
 a new static cache for every call, and so records its graphs anew.)
@@ -31,7 +31,7 @@ from autojudge_hf.caches import kept_caches
 
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "rope_theta": 500000.0, "num_key_value_heads": 8}
 QWEN = {"model_type": "qwen2", "vocab_size": 152064, "rope_theta": 1000000.0}
-TINY = {"model_type": "llama", "vocab_size": 512, "num_key_value_heads": 2, "num_attention_heads": 4}
+TINY = {"model_type": "llama", "vocab_size": 8192, "num_key_value_heads": 2, "num_attention_heads": 4}
 #: Hidden size, layers, heads, MLP width of Llama 3.1 8B and 3.2 1B, Qwen2.5 7B and 0.5B.
 PAIRS = {
     "llama": (
@@ -58,8 +58,8 @@ PAIRS = {
         },
     ),
     "tiny": (
-        {**TINY, "hidden_size": 128, "num_hidden_layers": 3, "intermediate_size": 256},
-        {**TINY, "hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 128},
+        {**TINY, "hidden_size": 256, "num_hidden_layers": 3, "intermediate_size": 512},
+        {**TINY, "hidden_size": 128, "num_hidden_layers": 1, "intermediate_size": 256},
     ),
 }
 
@@ -77,8 +77,8 @@ def counting_model(sizes: dict[str, Any], skips: torch.Tensor, marked: torch.Ten
     """A random model that writes t + 1 after t, or t + 2 where `skips[t]`.
 
     A token's last hidden state is its embedding, normed, and the head's row for a token the embedding of the token
-    before it. Random vectors of these sizes are nearly orthogonal, so that this row wins. `marked` tokens point one
-    way along the first dimension, the others the other way: that is what the judge reads.
+    before it. Random vectors of these sizes are nearly orthogonal, so that this row wins. The mean of a state is above
+    0 for `marked` tokens and below for the others: that is what the judge reads.
     """
     torch.manual_seed(0)
     sizes = {**sizes, "max_position_embeddings": 8192, "tie_word_embeddings": False, "eos_token_id": None}
@@ -89,7 +89,7 @@ def counting_model(sizes: dict[str, Any], skips: torch.Tensor, marked: torch.Ten
     embeddings, head = model.get_input_embeddings().weight.data, model.get_output_embeddings().weight.data
     embeddings.normal_()
     if marked is not None:
-        embeddings[:, 0] = 3.0 * torch.where(marked[: len(embeddings)], 1.0, -1.0)
+        embeddings += torch.where(marked[: len(embeddings), None], 0.5, -0.5)
     embeddings /= embeddings.norm(dim=-1, keepdim=True)
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.data.zero_()
@@ -219,8 +219,7 @@ def main() -> None:
     hidden_size = model.config.hidden_size
     args.vocab_size = min(model.config.vocab_size, draft.config.vocab_size)
     judge = AutoJudge.from_config(JudgeConfig(hidden_size=hidden_size, threshold=0.5))
-    weight = torch.zeros(hidden_size)
-    weight[0] = 10.0
+    weight = torch.full((hidden_size,), 20.0 / hidden_size)
     judge.load_state_dict({"weight": weight, "bias": torch.zeros(1)})
 
     size = min(2**30, weight_bytes(model))

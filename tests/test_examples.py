@@ -30,6 +30,7 @@ from benchmark_gpu import PAIRS as GPU_PAIRS
 from benchmark_gpu import counting_model
 from compare_features import auc_samples, weights_of
 from compare_judges import share_of_gap
+from half_precision import spacings
 from make_problems import SPLITS, problems
 from measure_judge import Both, take
 from measure_oracle import cycles
@@ -308,20 +309,49 @@ def test_one_task_for_both_kinds_of_problem(tokenizer):
 
 
 def test_models_of_the_gpu_benchmark_do_as_they_are_told():
-    """The target counts, the draft skips where it's told to, and one number in the state says what matters."""
+    """The target counts, the draft skips where it's told to, and the mean of a state says what matters."""
     args = argparse.Namespace(device="cpu", dtype=torch.float32)
     torch.manual_seed(0)
-    skips, important = torch.rand(512) < 0.3, torch.rand(512) < 0.5
-    tokens = torch.arange(512)
+    size = GPU_PAIRS["tiny"][0]["vocab_size"]
+    skips, important = torch.rand(size) < 0.3, torch.rand(size) < 0.5
+    tokens = torch.arange(size - 2)
     for sizes, skipped, marked in (
-        (GPU_PAIRS["tiny"][0], torch.zeros(512, dtype=torch.bool), important),
+        (GPU_PAIRS["tiny"][0], torch.zeros(size, dtype=torch.bool), important),
         (GPU_PAIRS["tiny"][1], skips, None),
     ):
         model = counting_model(sizes, skipped, marked, args)
-        outputs = model(tokens[:510, None], output_hidden_states=True)
-        assert torch.equal(outputs.logits[:, 0].argmax(-1), tokens[:510] + 1 + skipped[:510].long())
+        outputs = model(tokens[:, None], output_hidden_states=True)
+        assert torch.equal(outputs.logits[:, 0].argmax(-1), tokens + 1 + skipped[:-2].long())
         if marked is not None:
-            assert torch.equal(outputs.hidden_states[-1][:, 0, 0] > 1, important[:510])
+            assert torch.equal(outputs.hidden_states[-1][:, 0].mean(dim=-1) > 0, important[:-2])
+
+
+@pytest.mark.slow
+def test_the_whole_job_finds_what_was_planted():
+    result = run("examples/whole_job.py", "--pair", "tiny", "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    steps = {cells[1].strip(): cells[4] for line in result.stdout.splitlines() if len(cells := line.split("|")) > 4}
+    right, mined = re.search(r"(\d+) of (\d+) labels", steps["mine"]).groups()
+    assert right == mined and int(mined) > 100
+    assert "8 of 8 texts without an important jump" in steps["decode, lossless"]
+    # It lets harmless jumps pass, and the important ones hardly ever.
+    decoded = [
+        re.search(r"([\d.]+) tokens per cycle, (\d) of 8", steps[f"decode, {x}"]).groups()
+        for x in ("lossless", "judged")
+    ]
+    assert float(decoded[1][0]) > 1.5 * float(decoded[0][0]) and int(decoded[1][1]) >= 6
+    assert steps["decode, judged"] == steps["decode, judged, static, again"]
+
+
+def test_spacings_of_half_precision():
+    """Neighbours of 1.0: a step above it is 2^-7 in bfloat16, 2^-10 in float16, and half of that below."""
+    for dtype, step in ((torch.bfloat16, 2**-7), (torch.float16, 2**-10)):
+        best, second = (
+            torch.tensor([1.0, 1.0 + step, -4.0]),
+            torch.tensor([1.0 - step, 1.0 - step / 2, -4.0 - 8 * step]),
+        )
+        logits = torch.stack([second, best, torch.full((3,), -9.0)], dim=-1).to(dtype)
+        torch.testing.assert_close(spacings(logits, dtype), torch.tensor([1.0, 1.5, 2.0]))
 
 
 def test_splits_never_share_a_problem():
