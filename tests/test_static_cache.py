@@ -174,6 +174,21 @@ def test_room_for_every_text(top_k, positions, assistant_positions, lengths, max
         assert same(model.generate(**inputs, **options, judge_threshold=threshold, **STATIC), expected)
 
 
+@pytest.mark.parametrize("assistant_size", [24, 40])
+def test_vocabularies_padded_to_other_sizes(top_k, compiled, assistant_size):
+    """Tokens that the assistant lacks, and ones that only it has: drafts are the same as with growing caches."""
+    model = random_llama()
+    assistant = similar_model(model)
+    assistant.resize_token_embeddings(assistant_size, mean_resizing=False)
+    if assistant_size > 32:  # what the target lacks would be the assistant's choice, again and again
+        assistant.get_output_embeddings().weight.data[32:] = 50.0 * assistant.get_output_embeddings().weight.data[:8]
+    options = {"assistant_model": assistant, "judge": top_k, "judge_threshold": 0.3, "max_new_tokens": 40}
+    for inputs in ({"input_ids": PROMPT}, left_padded(PROMPTS)):
+        expected = model.generate(**inputs, **options, **GREEDY)
+        assert 0 < expected.num_matches.sum() < expected.num_candidates.sum()
+        assert same(model.generate(**inputs, **options, **compiled), expected)
+
+
 def test_what_surrounds_a_call_may_change(random_pair, top_k):
     model, assistant = random_pair
     options = {"assistant_model": assistant, "judge": top_k, "judge_threshold": 0.0, "max_new_tokens": 20}
