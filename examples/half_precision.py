@@ -35,7 +35,7 @@ def spacings(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--num_problems", type=int, default=100)
+    parser.add_argument("--num_problems", type=int, default=200)
     parser.add_argument("--num_assistant_tokens", type=int, default=8)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
     args = parser.parse_args()
