@@ -424,14 +424,18 @@ def test_training_free_judges_decode(random_pair, judge_type):
     assert any(0 < share < 0.9 for share in shares), shares
 
 
+# Its first draft has a mismatch: a judge is asked in the first cycle.
+MISMATCHING = torch.tensor([[16, 14, 15, 9]])
+
+
 def test_a_kl_judge_reads_what_the_draft_was_made_from(random_pair):
     model, assistant = random_pair
     judge, seen = AutoJudge.from_config(JudgeConfig(judge_type="kl")), []
     judge.register_forward_hook(lambda module, args, output: seen.append(args[0]))
     model.generate(
-        PROMPT, do_sample=False, max_new_tokens=6, assistant_model=assistant, judge=judge, num_assistant_tokens=4
+        MISMATCHING, do_sample=False, max_new_tokens=6, assistant_model=assistant, judge=judge, num_assistant_tokens=4
     )
-    first = model.generate(PROMPT, do_sample=False, max_new_tokens=1)[0].tolist()
+    first = model.generate(MISMATCHING, do_sample=False, max_new_tokens=1)[0].tolist()
     expected = reference.logits_after(assistant, first + seen[0].candidate_ids[0].tolist())[-5:-1]
     torch.testing.assert_close(seen[0].assistant_logits[0], expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="'kl' judge.*prompt lookup"):
@@ -455,9 +459,9 @@ def test_a_judge_of_everything_sees_what_full_passes_see(random_pair):
     judge.load_state_dict({name: torch.randn_like(tensor) / 10 for name, tensor in judge.state_dict().items()})
     judge.register_forward_hook(lambda module, args, output: seen.append(args[0]))
     model.generate(
-        PROMPT, do_sample=False, max_new_tokens=9, assistant_model=assistant, judge=judge, num_assistant_tokens=4
+        MISMATCHING, do_sample=False, max_new_tokens=9, assistant_model=assistant, judge=judge, num_assistant_tokens=4
     )
-    first = model.generate(PROMPT, do_sample=False, max_new_tokens=1)[0].tolist()
+    first = model.generate(MISMATCHING, do_sample=False, max_new_tokens=1)[0].tolist()
     candidates = seen[0].candidate_ids
     passes = [x(torch.tensor([first + candidates[0].tolist()]), output_hidden_states=True) for x in random_pair]
     logits, states = zip(*((x.logits[:, -5:], x.hidden_states[-1][:, -5:]) for x in passes))
