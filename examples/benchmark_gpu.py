@@ -193,27 +193,32 @@ def run(model: PreTrainedModel, draft: PreTrainedModel, way: Way, args) -> dict[
     }
 
 
-def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
+def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The parser's own, and those of the pair. On a CPU it is fp32."""
     parser.add_argument("--pair", choices=list(PAIRS), default="llama")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default="bfloat16")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--agreement", type=float, default=0.8, help="share of tokens at which the draft agrees")
     parser.add_argument("--harmless", type=float, default=0.65, help="share of the mismatches that don't matter")
+    args = parser.parse_args()
+    if args.device != "cpu" and not torch.cuda.is_available():
+        parser.error(
+            f"--device {args.device}: there is no GPU here. `--pair tiny --device cpu` shows what it would do."
+        )
+    args.dtype = torch.float32 if args.device == "cpu" else getattr(torch, args.dtype)
+    torch.set_num_threads(2)
+    return args
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    add_pair_arguments(parser)
     parser.add_argument("--draft_lengths", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--ways", nargs="+", help="only rows whose names have one of these parts")
     parser.add_argument("--prompt_length", type=int, default=128)
     parser.add_argument("--num_tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
-    torch.set_num_threads(2)
-    if args.device == "cpu":
-        args.dtype = torch.float32
+    args = parse_arguments(parser)
 
     model, draft, _ = planted_pair(args)
     hidden_size = model.config.hidden_size

@@ -37,7 +37,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--num_problems", type=int, default=200)
     parser.add_argument("--num_assistant_tokens", type=int, default=8)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
+    dtypes = ["float32", "bfloat16", "float16"]
+    parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes)
     args = parser.parse_args()
     torch.set_num_threads(2)
 

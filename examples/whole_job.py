@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from benchmark_gpu import add_pair_arguments, planted_pair, timed
+from benchmark_gpu import parse_arguments, planted_pair, timed
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -62,14 +62,10 @@ def number_tokenizer(size: int) -> PreTrainedTokenizerFast:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    add_pair_arguments(parser)
     parser.add_argument("--num_examples", type=int, default=8, help="prompts to mine, and as many others to decode")
     parser.add_argument("--num_tokens", type=int, default=128)
     parser.add_argument("--draft_length", type=int, default=16)
-    args = parser.parse_args()
-    torch.set_num_threads(2)
-    if args.device == "cpu":
-        args.dtype = torch.float32
+    args = parse_arguments(parser)
 
     print("| step | seconds | peak GB | what came of it |\n| --- | --- | --- | --- |")
 
