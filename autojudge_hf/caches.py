@@ -91,13 +91,20 @@ class FixedCache(StaticCache):
         self.is_taken, self.is_warm = False, False
 
     def begin(self, rows: int, n: int, attention_mask: torch.Tensor | None) -> None:
-        """Before forwards of `n` tokens: says where these go, and which positions up to there aren't filling."""
+        """Before forwards of `n` tokens: says where these go, and which positions up to there aren't filling.
+
+        What `attention_mask` is too short for is none.
+        """
         self.rows, end = rows, self.length + n
         self.start.fill_(self.length)
         self.mask.zero_()
         self.mask[:, :end] = 1
         if attention_mask is not None:
-            self.mask[:rows, :end] = attention_mask.to(self.mask.device)
+            self.mask[:rows, : attention_mask.shape[1]] = attention_mask.to(self.mask.device)
+
+    def is_prefill(self, n: int) -> bool:
+        """Whether a forward of `n` tokens has a shape of its own."""
+        return self.length == 0 or n > max(self.widths)
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_taken:

@@ -106,7 +106,7 @@ def _fixed_forward(
     in the cache is overwritten: the next pass begins right behind the tokens.
     """
     rows, n = tokens.shape
-    is_prefill = cache.length == 0 or n > max(cache.widths)
+    is_prefill = cache.is_prefill(n)
     width = n if is_prefill else min(width for width in cache.widths if width >= n)
     cache.begin(rows, n, attention_mask)
     filled = cache.mask.new_zeros(cache.num_rows, width)
@@ -152,7 +152,7 @@ def fixed_draft(
     rows, n = tokens.shape
     first = cache.length + n
     end = first + num_candidates - 1  # the last candidate isn't run through the model
-    is_prefill = cache.length == 0 or n > max(cache.widths)
+    is_prefill = cache.is_prefill(n)
     if is_prefill:
         logits = _fixed_forward(model, tokens, cache, attention_mask, 1, False, False).logits
         cache.tokens[:rows, first] = logits[:, -1, :vocab_size].argmax(dim=-1)
@@ -161,8 +161,6 @@ def fixed_draft(
     if cache.step is None:
         config = cache.compile_config
         cache.step = _greedy_step if config is None else torch.compile(_greedy_step, **config.to_dict())
-    if attention_mask is not None:
-        attention_mask = torch.nn.functional.pad(attention_mask, (0, end - attention_mask.shape[1]), value=1)
     cache.begin(rows, end - cache.length, attention_mask)
     inputs = _model_inputs(model, None, cache, 1)
     has_positions = "position_ids" in _forward_parameters(type(model))

@@ -62,9 +62,9 @@ class Verification(NamedTuple):
         outcomes = []
         for row, length in zip(torch.cat(columns, dim=1).tolist(), lengths):
             candidates, own, matches = row[:k], row[k : 2 * k + 1], row[2 * k + 1 : 3 * k + 1]
-            harmless = row[3 * k + 1 :] or [0] * k
+            excused = row[3 * k + 1 :] or [0] * k
             n = next((i for i, token in enumerate(candidates[:length], 1) if token in eos_token_ids), length)
-            end = next((i for i in range(n) if not matches[i] and not harmless[i]), n)
+            end = next((i for i in range(n) if not matches[i] and not excused[i]), n)
             judged = [not matched for matched in matches[:end]]
             outcomes.append(RowOutcome([*candidates[:end], own[end]], judged, n))
         return outcomes
