@@ -203,11 +203,10 @@ def measure_decoding(
     prompts = [task.prompt(example, tokenizer) for example in examples]
     texts, num_tokens, num_forwards = ([None] * len(examples) for _ in range(3))
     judged, seconds = [0, 0], 0.0
-    eos = eos_token_ids(model)
     # Rows of a batch wait for its longest.
     order = sorted(range(len(examples)), key=lambda i: len(prompts[i])) if batch_size > 1 else range(len(examples))
     batches = [order[i : i + batch_size] for i in range(0, len(examples), batch_size)]
-    decode = functools.partial(_decode, model, max_new_tokens=max_new_tokens, **generate_kwargs)
+    decode = functools.partial(decode_batch, model, max_new_tokens=max_new_tokens, **generate_kwargs)
     for number, batch in enumerate(tqdm(batches, desc=description, unit="batch")):
         inputs = tokenizer(
             [prompts[i] for i in batch],
@@ -220,13 +219,12 @@ def measure_decoding(
             decode(inputs)
         _synchronize(model)
         started = time.perf_counter()
-        sequences, forwards, decisions = decode(inputs)
+        responses, forwards, decisions = decode(inputs)
         _synchronize(model)
         seconds += time.perf_counter() - started
         # Where cycles are counted, the prefill isn't one, and its token is free.
         free_tokens = 0 if decisions is None else 1
-        for i, sequence, num_cycles in zip(batch, sequences, forwards):
-            response = _trimmed(sequence[inputs["input_ids"].shape[1] :], eos)
+        for i, response, num_cycles in zip(batch, responses, forwards):
             num_tokens[i], num_forwards[i] = len(response) - free_tokens, num_cycles
             texts[i] = tokenizer.decode(response, skip_special_tokens=True)
         judged = [total + n for total, n in zip(judged, decisions or (0, 0))]
@@ -329,10 +327,10 @@ def highlight_accepted(
     return "".join(parts)
 
 
-def _decode(
+def decode_batch(
     model: PreTrainedModel, inputs: Mapping[str, torch.Tensor], **kwargs: Any
 ) -> tuple[list[list[int]], list[int], tuple[int, int] | None]:
-    """Sequences, target forwards of each row, and how many mismatches were accepted and rejected, if counted."""
+    """Every row's response, its target forwards, and how many mismatches were accepted and rejected, if counted."""
     calls = 0
 
     def count(*_: Any) -> None:
@@ -345,10 +343,12 @@ def _decode(
     finally:
         hook.remove()
     sequences = output if isinstance(output, torch.Tensor) else output.sequences
+    eos = eos_token_ids(model)
+    responses = [_trimmed(response, eos) for response in sequences[:, inputs["input_ids"].shape[1] :].tolist()]
     if not isinstance(output, JudgeDecoderOnlyOutput):
-        return sequences.tolist(), [calls] * len(sequences), None
+        return responses, [calls] * len(responses), None
     decisions = int(output.num_judge_accepted.sum()), int(output.num_judge_rejected.sum())
-    return sequences.tolist(), output.num_target_forwards.tolist(), decisions
+    return responses, output.num_target_forwards.tolist(), decisions
 
 
 def _trimmed(response: list[int], eos: set[int]) -> list[int]:

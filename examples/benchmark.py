@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig
 
 from autojudge_hf import AutoJudge, judge_decoding
+from autojudge_hf.evaluation import decode_batch
 from autojudge_hf.tasks import GSM8K
 
 
@@ -92,20 +93,15 @@ def ways_to_decode(draft, judge: AutoJudge, draft_lengths: list[int | str], batc
 
 def decode(model, draft, inputs, way: Way) -> tuple[float, list[list[int]], int]:
     """Seconds, every row's response up to its end, and target forwards with the prefill, rows added up."""
-    calls = []
-    hook = model.register_forward_pre_hook(lambda *_: calls.append(1))
     with assistant_settings(draft, **way.settings):
         started = time.perf_counter()
-        output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, **way.arguments)
+        responses, forwards, decisions = decode_batch(
+            model, inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, **way.arguments
+        )
         seconds = time.perf_counter() - started
-    hook.remove()
-    forwards = len(calls) * way.batch_size
-    if not isinstance(output, torch.Tensor):  # a compiled forward has no hooks, and a row leaves its batch
-        forwards = int(output.num_target_forwards.sum()) + way.batch_size
-        output = output.sequences
-    eos = model.generation_config.eos_token_id
-    responses = [row.tolist() for row in output[:, inputs["input_ids"].shape[1] :]]
-    return seconds, [row[: row.index(eos) + 1] if eos in row else row for row in responses], forwards
+    # Ours counts cycles, of which the prefill isn't one.
+    prefills = 0 if decisions is None else len(responses)
+    return seconds, responses, sum(forwards) + prefills
 
 
 def main() -> None:
