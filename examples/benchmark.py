@@ -91,6 +91,19 @@ def ways_to_decode(draft, judge: AutoJudge, draft_lengths: list[int | str], batc
     return ways
 
 
+def only(parts: list[str], ways: list[Way]) -> list[Way]:
+    """Ways whose names have one of these parts, what they are compared with, what that is compared with, and so on."""
+    asked = [way for way in ways if any(part in way.name for part in parts)]
+    alone = {(way.name, way.draft_length): way for way in ways if way.batch_size == 1}
+    needed = {("target alone", "")}
+    for way in asked:
+        reference = way.reference
+        while reference not in needed:
+            needed.add(reference)
+            reference = alone[reference].reference
+    return [way for way in ways if way in asked or (way.batch_size == 1 and (way.name, way.draft_length) in needed)]
+
+
 def decode(model, draft, inputs, way: Way) -> tuple[float, list[list[int]], int]:
     """Seconds, every row's response up to its end, and target forwards with the prefill, rows added up."""
     with assistant_settings(draft, **way.settings):
@@ -113,7 +126,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4, help="behind the one that is left out")
     parser.add_argument("--draft_lengths", type=int, nargs="+", default=[4, 8, 16], help="and adaptive, ours only")
     parser.add_argument(
-        "--ways", nargs="+", help="only rows whose names have one of these parts, and their references"
+        "--ways", nargs="+", help="only rows whose names have one of these parts, and what they are compared with"
     )
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 8], help="the first one is 1")
     args = parser.parse_args()
@@ -137,11 +150,10 @@ def main() -> None:
     }
     ways = ways_to_decode(draft, judge, [*args.draft_lengths, "adaptive"], args.batch_sizes)
     if args.ways:
-        asked = [way for way in ways if any(part in way.name for part in args.ways)]
-        needed = {way.reference for way in asked} | {("target alone", "")}
-        ways = [
-            way for way in ways if way in asked or ((way.name, way.draft_length) in needed and way.batch_size == 1)
-        ]
+        names = dict.fromkeys(way.name for way in ways)
+        if unknown := [part for part in args.ways if not any(part in name for name in names)]:
+            parser.error(f"--ways must be parts of {', '.join(map(repr, names))}, got {unknown}.")
+        ways = only(args.ways, ways)
 
     seconds: dict[tuple, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     texts: dict[tuple, list[list[int]]] = defaultdict(list)

@@ -26,6 +26,7 @@ from autojudge_hf import JudgeConfig
 sys.path.insert(0, str(PAIR))
 sys.path.insert(0, str(ROOT / "examples"))
 
+from benchmark import only, ways_to_decode
 from benchmark_gpu import PAIRS as GPU_PAIRS
 from benchmark_gpu import counting_model
 from compare_features import auc_samples, weights_of
@@ -306,6 +307,21 @@ def test_one_task_for_both_kinds_of_problem(tokenizer):
     assert correct == [True, False, False, True]
     alike = [[task.equivalent(a, b) for b in answers] for a in answers]
     assert alike == [[i == j and i != 2 for j in range(4)] for i in range(4)]
+
+
+def test_a_part_of_the_benchmark_has_all_that_it_is_compared_with():
+    ways = ways_to_decode(draft=None, judge=None, draft_lengths=[4, "adaptive"], batch_sizes=[1, 8])
+    for name in {way.name for way in ways}:
+        kept = only([name], ways)
+        assert {way.name for way in kept} >= {name, "target alone"}
+        assert {(*way.reference, 1) for way in kept} <= {(way.name, way.draft_length, way.batch_size) for way in kept}
+    assert {way.name for way in only(["rejects all"], ways)} == {
+        "target alone",
+        "stock",
+        "stock, its defaults",
+        "ours lossless",
+        "ours, judge rejects all",
+    }
 
 
 def test_models_of_the_gpu_benchmark_do_as_they_are_told():
