@@ -13,7 +13,7 @@ import torch
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
 
 
 ADAPTIVE = "adaptive"
@@ -106,26 +106,28 @@ class AdaptiveDraftLength:
         return tokens / (k * draft + verify)
 
 
-_learned: WeakKeyDictionary[PreTrainedModel, dict[Hashable, AdaptiveDraftLength]] = WeakKeyDictionary()
+#: Of a target and its drafter, by what else decides how much is accepted and what a forward costs.
+_learned: WeakKeyDictionary[PreTrainedModel, WeakKeyDictionary[PreTrainedModel, dict[Hashable, AdaptiveDraftLength]]]
+_learned = WeakKeyDictionary()
 
 
 def draft_schedule(
     num_assistant_tokens: int | str,
+    model: PreTrainedModel,
     assistant_model: PreTrainedModel | None,
-    *,
-    has_fixed_shapes: bool,
+    generation_config: GenerationConfig,
     circumstances: Hashable,
 ) -> FixedDraftLength | AdaptiveDraftLength:
     """The schedule for a fixed number, or an adaptive one.
 
-    The latter goes on from call to call of an assistant, since one response is over before much is known; calls under
-    other `circumstances`, where more is accepted or a forward costs another time, have one of their own.
+    The latter goes on from call to call of a pair, since one response is over before much is known. A model without an
+    assistant is its own; calls under other `circumstances`, where more is accepted or a forward costs another time,
+    have a schedule of their own.
     """
     if num_assistant_tokens != ADAPTIVE:
         return FixedDraftLength(num_assistant_tokens)
-    schedule = AdaptiveDraftLength(
-        lengths=AdaptiveDraftLength.FEW_LENGTHS if has_fixed_shapes else AdaptiveDraftLength.LENGTHS
-    )
-    if assistant_model is None:
-        return schedule
-    return _learned.setdefault(assistant_model, {}).setdefault((has_fixed_shapes, circumstances), schedule)
+    is_static = generation_config.cache_implementation == "static"
+    lengths = AdaptiveDraftLength.FEW_LENGTHS if is_static else AdaptiveDraftLength.LENGTHS
+    of_pair = _learned.setdefault(model, WeakKeyDictionary()).setdefault(assistant_model or model, {})
+    drafter = generation_config.assistant_early_exit, generation_config.prompt_lookup_num_tokens
+    return of_pair.setdefault((is_static, drafter, circumstances), AdaptiveDraftLength(lengths=lengths))

@@ -245,8 +245,9 @@ def of_vocabulary(logits: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def hidden_size(model: PreTrainedModel) -> int:
-    """Width of the last hidden state: what the output embeddings read."""
-    return model.config.get_text_config(decoder=True).hidden_size
+    """Width of the last hidden state: what the output embeddings read, which may be narrower than the layers (OPT)."""
+    head = model.get_output_embeddings()
+    return getattr(head, "in_features", head.weight.shape[-1])  # a quantised weight has another shape
 
 
 def eos_token_ids(model: PreTrainedModel) -> set[int]:

@@ -125,18 +125,15 @@ def judge_decoding(
     """
     check_supported(model, assistant_model, input_ids, generation_config, streamer, model_kwargs)
     num_assistant_tokens = checked_draft_length(num_assistant_tokens, assistant_model, generation_config)
+    own_assistant = assistant_model
     if generation_config.assistant_early_exit is not None:
         assistant_model = first_layers(model, generation_config.assistant_early_exit)
     threshold = checked_judge(judge, judge_threshold, model, assistant_model, generation_config)
 
     is_static = generation_config.cache_implementation == "static"
-    draft_length = draft_schedule(
-        num_assistant_tokens,
-        assistant_model,
-        has_fixed_shapes=is_static,
-        circumstances=(threshold, len(input_ids)),
-    )
     judges = judge is not None and threshold > 0.0
+    circumstances = (judges and judge.judge_type, threshold, len(input_ids))
+    draft_length = draft_schedule(num_assistant_tokens, model, own_assistant, generation_config, circumstances)
     reads_target = judges and judge.reads_states and judge.config.hidden_size is not None
     reads_assistant = judges and judge.reads_states and judge.config.assistant_hidden_size is not None
     num_state_features = judge.config.num_state_features if judges else 0

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import autojudge_hf.generation
 from autojudge_hf import AutoJudge, JudgeConfig
 from autojudge_hf.caches import rewind, rewindable_cache
-from autojudge_hf.forward import cached_forward
+from autojudge_hf.forward import cached_forward, hidden_size
 
 
 SIZES = {
@@ -44,7 +44,7 @@ FAMILIES = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     "gpt_neox": {},
     "gptj": {"rotary_dim": 8},
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16},
     "bloom": {},
     "falcon": {"new_decoder_architecture": False, "multi_query": True, "alibi": True},
     "mpt": {"d_model": 32, "n_heads": 2, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 64},
@@ -132,4 +132,5 @@ def test_a_judge_reads_the_last_hidden_states(family):
     outputs = cached_forward(model, tokens, rewindable_cache(model), num_logits=3, output_states=True)
     expected = model(tokens, output_hidden_states=True)
     assert torch.equal(outputs.states[:, -3:], expected.hidden_states[-1][:, -3:])
+    assert outputs.states.shape[-1] == hidden_size(model)
     assert not model.get_output_embeddings()._forward_pre_hooks

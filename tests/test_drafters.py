@@ -7,10 +7,11 @@ import pytest
 import reference
 import torch
 from conftest import PROMPT, left_padded, random_llama
-from transformers import LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 
+import autojudge_hf.generation
 from autojudge_hf import AutoJudge, JudgeConfig, judge_decoding
-from autojudge_hf.draft_length import AdaptiveDraftLength
+from autojudge_hf.draft_length import AdaptiveDraftLength, draft_schedule
 from autojudge_hf.forward import first_layers
 
 
@@ -124,6 +125,31 @@ def test_adaptive_length_learns_nothing_from_an_empty_draft():
     schedule = AdaptiveDraftLength(8)
     schedule.update([0, 0], [0, 0], 0.0, 1.0)
     assert schedule.value == 8
+
+
+def test_adaptive_lengths_are_learned_for_a_pair(random_pair, top_k, monkeypatch):
+    """The next call goes on where the last one ended; another target begins anew, and so does another judge."""
+    model, assistant = random_pair
+    other = random_llama(3)
+
+    def schedule(target, drafter, *circumstances):
+        return draft_schedule("adaptive", target, drafter, GenerationConfig(), circumstances)
+
+    for drafter in (assistant, None):
+        learned = schedule(model, drafter, "kl", 0.1)
+        assert schedule(model, drafter, "kl", 0.1) is learned
+        assert schedule(other, drafter, "kl", 0.1) is not learned
+        assert schedule(model, drafter, "margin", 0.1) is not learned
+
+    used = []
+    monkeypatch.setattr(
+        autojudge_hf.generation, "draft_schedule", lambda *a, **kw: used.append(draft_schedule(*a, **kw)) or used[-1]
+    )
+    options = {"do_sample": False, "max_new_tokens": 9, "num_assistant_tokens": "adaptive", "judge": top_k}
+    for more in ({"assistant_early_exit": 1}, {"assistant_model": assistant}, {"prompt_lookup_num_tokens": 3}):
+        for _ in range(2):
+            model.generate(PROMPT, **options, **more)
+    assert [used.index(schedule) for schedule in used] == [0, 0, 2, 2, 4, 4]
 
 
 def test_adaptive_length_reacts_to_a_judge(random_pair, top_k):

@@ -15,6 +15,8 @@ from transformers import (
     EncoderRepetitionPenaltyLogitsProcessor,
     GenerationConfig,
     GenerationMixin,
+    GPT2Config,
+    GPT2LMHeadModel,
     LogitsProcessor,
     LogitsProcessorList,
     MambaConfig,
@@ -31,7 +33,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
-import autojudge_hf.generation
+import autojudge_hf.adapter
 from autojudge_hf import AutoJudge, JudgeConfig, JudgeDecoderOnlyOutput, judge_decoding
 from autojudge_hf.caches import CACHE_NAME, shrink
 from autojudge_hf.features import judge_inputs
@@ -171,13 +173,18 @@ def test_repetition_penalty_and_other_processors(random_pair, top_k):
 def test_position_limits(top_k):
     """At the assistant's or the target's last position decoding goes on without drafts."""
     model = random_llama(0, max_position_embeddings=64)
-    assistant = similar_model(model)
-    assistant.config.max_position_embeddings = 20
-    expected = model.generate(PROMPT, do_sample=False, max_new_tokens=57)
-    got = model.generate(
-        PROMPT, do_sample=False, max_new_tokens=57, assistant_model=assistant, judge=top_k, judge_threshold=0.0
-    )
-    assert torch.equal(got, expected)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    # Positions that are learned: one more is an error.
+    assistant = GPT2LMHeadModel(GPT2Config(**sizes, n_positions=20, bos_token_id=0, eos_token_id=None)).eval()
+    with pytest.raises(IndexError):
+        assistant(torch.zeros(1, 21, dtype=torch.long))
+    options = {"do_sample": False, "max_new_tokens": 57}
+    expected = model.generate(PROMPT, **options)
+    judged = {"assistant_model": assistant, "judge": top_k, "judge_threshold": 0.0, "return_dict_in_generate": True}
+    for more in ({}, {"cache_implementation": "static"}):
+        output = model.generate(PROMPT, **options, **judged, **more)
+        assert torch.equal(output.sequences, expected) and output.num_candidates > 0
 
 
 @pytest.mark.slow
@@ -671,7 +678,7 @@ def test_wrapped_once_and_signature_kept():
 
 def test_without_judge_the_original_runs(random_pair, monkeypatch):
     model, assistant = random_pair
-    monkeypatch.setattr(autojudge_hf.generation, "judge_decoding", None)
+    monkeypatch.setattr(autojudge_hf.adapter, "judge_decoding", None)
     model.generate(PROMPT, max_new_tokens=3, do_sample=False, assistant_model=assistant)
     with pytest.raises(ValueError, match="judge_threshold"):
         model.generate(PROMPT, max_new_tokens=3, judge_threshold=0.5)
