@@ -202,7 +202,8 @@ def measure_decoding(
         raise ValueError("Expected at least one example to decode, got none.")
     prompts = [task.prompt(example, tokenizer) for example in examples]
     texts, num_tokens, num_forwards = ([None] * len(examples) for _ in range(3))
-    judged, seconds = [0, 0], 0.0
+    accepted = rejected = seconds = 0
+    is_counted = False
     # Rows of a batch wait for its longest.
     order = sorted(range(len(examples)), key=lambda i: len(prompts[i])) if batch_size > 1 else range(len(examples))
     batches = [order[i : i + batch_size] for i in range(0, len(examples), batch_size)]
@@ -222,21 +223,22 @@ def measure_decoding(
         responses, forwards, decisions = decode(inputs)
         _synchronize(model)
         seconds += time.perf_counter() - started
-        # Where cycles are counted, the prefill isn't one, and its token is free.
-        free_tokens = 0 if decisions is None else 1
+        is_counted = decisions is not None
         for i, response, num_cycles in zip(batch, responses, forwards):
-            num_tokens[i], num_forwards[i] = len(response) - free_tokens, num_cycles
+            # Where cycles are counted, the prefill isn't one, and its token is free.
+            num_tokens[i], num_forwards[i] = len(response) - is_counted, num_cycles
             texts[i] = tokenizer.decode(response, skip_special_tokens=True)
-        judged = [total + n for total, n in zip(judged, decisions or (0, 0))]
+        if is_counted:
+            accepted, rejected = accepted + decisions[0], rejected + decisions[1]
     answers = task.extract_answers(examples, texts)
     correct = [task.is_correct(example, answer) for example, answer in zip(examples, answers)]
-    all_tokens = sum(num_tokens) + free_tokens * len(examples)
+    all_tokens = sum(num_tokens) + is_counted * len(examples)
     return {
         "accuracy": float(np.mean(correct)),
         "tokens_per_cycle": sum(num_tokens) / max(1, sum(num_forwards)),
         "tokens_per_second": all_tokens / seconds,
         "mean_response_length": all_tokens / len(examples),
-        "mismatches_accepted": judged[0] / max(1, sum(judged)) if free_tokens else None,
+        "mismatches_accepted": accepted / max(1, accepted + rejected) if is_counted else None,
         "correct": correct,
         "texts": texts,
         "num_tokens": num_tokens,

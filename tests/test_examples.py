@@ -20,7 +20,7 @@ from sklearn.metrics import roc_auc_score
 from test_trainer import PAIR as MADE_UP_PAIR
 from test_trainer import made_up
 
-from autojudge_hf import JudgeConfig
+from autojudge_hf import AutoJudge, JudgeConfig
 
 
 sys.path.insert(0, str(PAIR))
@@ -38,6 +38,7 @@ from measure_oracle import cycles
 
 
 GSM8K_DATA = SHARED_DATA / "gsm8k"
+STEPS = {"gsm8k": ("mine", "train", "calibrate", "generate"), "livecodebench": ("mine", "train", "generate")}
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -52,12 +53,13 @@ def run(*arguments, timeout=300):
     )
 
 
-@pytest.mark.parametrize("task", ["gsm8k", "livecodebench"])
-@pytest.mark.parametrize("script", ["mine", "train", "generate"])
-def test_help_is_fast(task, script):
+@pytest.mark.parametrize(
+    "script", [f"{task}/{step}.py" for task in ("gsm8k", "livecodebench") for step in STEPS[task]]
+)
+def test_help_is_fast(script):
     for _ in range(3):
         started = time.perf_counter()
-        result = run(f"examples/{task}/{script}.py", "--help")
+        result = run(f"examples/{script}", "--help")
         seconds = time.perf_counter() - started
         assert result.returncode == 0 and "--" in result.stdout
         if seconds < 3:
@@ -231,6 +233,13 @@ def test_mine_train_generate_on_real_questions(tmp_path):
     result = run("examples/gsm8k/train.py", *curve, "--learning_curve")
     assert result.returncode == 0, result.stderr
     assert "problems  validation ROC-AUC" in result.stdout and not (tmp_path / "none").exists()
+    calibrate = ["examples/gsm8k/calibrate.py", *pair, "--judge", tmp_path / "judge", "--skip", "5"]
+    calibrate += ["--data_file", GSM8K_DATA / "train.jsonl"]
+    result = run(*calibrate, "--max_examples", "2", "--thresholds", "0.1", "0.5")
+    assert result.returncode == 0, result.stderr
+    assert "at most 1 point: " in result.stdout
+    assert set(AutoJudge.from_pretrained(tmp_path / "judge").config.thresholds) == {"1 point", "5 points"}
+    assert run(*calibrate, "--skip", "100000").stderr.endswith("behind the first 100000, got 7473 in all.\n")
     generate = ["examples/gsm8k/generate.py", *pair, "--judge", tmp_path / "judge", "--max_examples", "1"]
     result = run(*generate, "--data_file", GSM8K_DATA / "test.jsonl")
     assert result.returncode == 0, result.stderr

@@ -33,6 +33,9 @@ class Arguments:
     temperature: float = field(default=0.0, metadata={"help": "0: greedy. Above: both models draw with one noise."})
     seed: int = field(default=0, metadata={"help": "Seed of that noise."})
     batch_size: int = field(default=16, metadata={"help": "Problems in flight."})
+    state_position: str = field(
+        default="both", metadata={"help": "'candidate', 'previous' or 'both': whose states the judge may read."}
+    )
     logit_features: bool = field(
         default=True, metadata={"help": "Judge by the target's logits too, not states alone."}
     )
@@ -77,6 +80,7 @@ def main() -> None:
         temperature=args.temperature,
         seed=args.seed,
         batch_size=args.batch_size,
+        state_position=args.state_position,
         logit_features=args.logit_features,
         output_dir=folder / "examples",
     )

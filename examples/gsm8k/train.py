@@ -14,7 +14,8 @@ from transformers import HfArgumentParser
 @dataclass
 class Arguments:
     data_file: str = field(metadata={"help": "Parquet file that mine.py wrote, or its folder, finished or not."})
-    output_dir: str = field(metadata={"help": "Folder the judge is saved to; new or empty."})
+    output_dir: str = field(default="runs/judge", metadata={"help": "Folder for the judge; new or empty."})
+    judge_type: str = field(default="linear", metadata={"help": "'linear', or 'mlp' for some thousand mismatches."})
     recall: float = field(default=0.9, metadata={"help": "Share of important mismatches the threshold rejects."})
     validation_size: float = field(default=0.1, metadata={"help": "Share of the problems held out."})
     seed: int = field(default=42, metadata={"help": "Seed of the split."})
@@ -36,6 +37,7 @@ def main() -> None:
     options = vars(args)
     path, learning_curve = options.pop("data_file"), options.pop("learning_curve")
     options["push_to_hub"] &= not learning_curve
+    options["overwrite_output_dir"] |= learning_curve  # which writes nothing
     card = {name: options.pop(name) for name in ("license", "dataset")}
     trainer = JudgeTrainer(JudgeTrainingArguments(**options), read_mismatches(path))
     if learning_curve:

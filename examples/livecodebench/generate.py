@@ -74,13 +74,14 @@ def main() -> None:
     total = sum(result["num_problems"] for result in results)
     print(f"{total} problems, {len(results)} of {args.num_folds} folds, each with the judge of the others")
     for name in ("lossless", "judged"):
-        mean = {
-            key: sum(result["num_problems"] * result[name][key] for result in results) / total
-            for key in ("accuracy", "tokens_per_cycle", "tokens_per_second", "mean_response_length")
-        }
+        rows = [result[name] for result in results]
+        right = sum(sum(row["correct"]) for row in rows)
+        in_cycles, cycles = (sum(sum(row[key]) for row in rows) for key in ("num_tokens", "num_target_forwards"))
+        lengths = [row["mean_response_length"] * len(row["correct"]) for row in rows]
+        seconds = sum(length / row["tokens_per_second"] for length, row in zip(lengths, rows))
         print(
-            f"{name:8}  pass@1 {mean['accuracy']:6.1%}  {mean['tokens_per_cycle']:6.2f} tokens/cycle  "
-            f"{mean['tokens_per_second']:6.1f} tokens/s  {mean['mean_response_length']:6.1f} tokens a response"
+            f"{name:8}  pass@1 {right / total:6.1%}  {in_cycles / cycles:6.2f} tokens/cycle  "
+            f"{sum(lengths) / seconds:6.1f} tokens/s  {sum(lengths) / total:6.1f} tokens a response"
         )
 
 

@@ -34,6 +34,9 @@ class Arguments:
     max_new_tokens: int = field(default=1024, metadata={"help": "Limit of a whole response, in tokens."})
     num_assistant_tokens: int | None = field(default=None, metadata={"help": "Draft length; changes the speed only."})
     batch_size: int = field(default=16, metadata={"help": "Problems in flight."})
+    state_position: str = field(
+        default="both", metadata={"help": "'candidate', 'previous' or 'both': whose states the judge may read."}
+    )
     logit_features: bool = field(
         default=True, metadata={"help": "Judge by the target's logits too, not states alone."}
     )
@@ -71,6 +74,7 @@ def main() -> None:
         max_new_tokens=args.max_new_tokens,
         num_assistant_tokens=args.num_assistant_tokens,
         batch_size=args.batch_size,
+        state_position=args.state_position,
         logit_features=args.logit_features,
         output_dir=folder / "examples",
     )
