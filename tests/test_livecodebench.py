@@ -5,6 +5,7 @@ import ast
 import base64
 import json
 import pickle
+import re
 import subprocess
 import sys
 import zlib
@@ -16,6 +17,7 @@ from conftest import ROOT
 from autojudge_hf.tasks import LiveCodeBench
 from autojudge_hf.tasks.livecodebench import decode_tests, extract_code, load_problems, same_output
 from autojudge_hf.tasks.livecodebench_metric import PassAtK, pass_at_k
+from autojudge_hf.tasks.sandbox import Limits
 
 
 DATA = ROOT.parent / "shared" / "data"
@@ -221,6 +223,24 @@ def test_stops_at_the_first_failure_or_compares_all_tests():
     assert not TASK.equivalent(None, None)
 
 
+DEEP = """def deep(x):
+    for _ in range(5_000): x = [x]
+    return x"""
+
+
+def forged(line):
+    """A program that writes a line where results are expected: each is JSON on some descriptor."""
+    return f"""import os
+def forged(x):
+    for fd in range(3, 64):
+        try: os.write(fd, {line.encode()!r} + bytes([10]))
+        except OSError: pass
+forged(3)"""
+
+
+EMPTY = json.dumps({"value": []})
+
+
 @pytest.mark.parametrize(
     ("example", "text", "reason"),
     [
@@ -234,6 +254,11 @@ def test_stops_at_the_first_failure_or_compares_all_tests():
         (row([("3 4", "no JSON")], "add"), "```\ndef add(x): return 7\n```", "Expecting value"),
         (row(metadata="no JSON"), "```\nprint(7)\n```", "Expecting value"),
         (row([("3", "7")], "add"), "```\ndef sub(x): return 7\n```", "no function add"),
+        (row([("3", "7")], metadata={"func_name": "add"}), "```\ndef add(x): return 8\n```", "wrong value"),
+        (row(), "```\nprint('snan')\n```", "wrong output"),
+        (row([("3", "[]")], "deep"), f"```\n{DEEP}\n```", "wrong value|wrote among the results"),
+        (row([("3", "[]")], "forged"), f"```\n{forged(EMPTY)}\n```", "wrote among the results"),
+        (row(), f"```\n{forged('[' * 100_000)}\n```", "wrote among the results"),
         (row(), "print(7)", "no code"),
         (row(), "", "no code"),
         (row(), "```\nprint(7)", "no code"),
@@ -244,8 +269,30 @@ def test_stops_at_the_first_failure_or_compares_all_tests():
 )
 def test_nonsense_gets_a_verdict(example, text, reason):
     (report,) = TASK.extract_answers([example], [text])
-    assert not report["passed"] and reason in report["reason"]
+    assert not report["passed"] and re.search(reason, report["reason"])
     assert json.loads(json.dumps(report)) == report and not TASK.is_correct(example, report)
+
+
+def test_what_a_plain_interpreter_accepts_passes():
+    """`quit` of an interactive Python, numbers of thousands of digits, numpy where few threads may start."""
+    product = "import numpy as np\nprint(int(np.ones((200, 200)).dot(np.ones((200, 7))).sum() / 40_000))"
+    programs = [("7", "print(7)\nquit()"), ("1" + "0" * 5_000, "print(10**5_000)"), ("7", product)]
+    few = LiveCodeBench(limits=Limits(num_processes=2))
+    for wanted, code in programs:
+        report = few.report(row([("", wanted)]), code)
+        assert report["passed"], report
+
+
+def test_limits_on_files_and_output_are_each_tests_own():
+    """Forty tests of two MB each come and go, beneath a limit of eight."""
+    task = LiveCodeBench(limits=Limits(disk_bytes=8 << 20, output_bytes=4 << 20))
+    numbers = " ".join(["1234567"] * 250_000)
+    assert task.report(row([(numbers, str(1234567 * 250_000))] * 10), "print(sum(map(int, input().split())))")[
+        "passed"
+    ]
+    assert task.report(row([("250000", "1234567\n" * 250_000)] * 10), "print('1234567\\n' * int(input()))")["passed"]
+    pair = row([("125000", json.dumps([1234567] * 125_000))] * 10, "many")
+    assert task.report(pair, "def many(n): return [1234567] * n")["passed"]
 
 
 def test_extraction():

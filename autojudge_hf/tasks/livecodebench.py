@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 import os
 import pickle
 import zlib
@@ -22,6 +23,8 @@ from .task import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
+logger = logging.getLogger(__name__)
 
 DRIVER = Path(__file__).with_name("livecodebench_driver.py").read_text(encoding="utf-8")
 REPO_ID = "livecodebench/code_generation_lite"
@@ -124,14 +127,14 @@ def same_output(printed: str, expected: str) -> bool:
     def lines(text: str) -> list[str]:
         return [line.strip() for line in text.strip().split("\n")]
 
-    def numbers(line: str) -> list[Decimal] | None:
-        try:
-            return [Decimal(word) for word in line.split()]
-        except InvalidOperation:
-            return None
+    def numbers(line: str) -> list[Decimal]:
+        return [Decimal(word) for word in line.split()]
 
     def same(a: str, b: str) -> bool:
-        return a == b or (numbers(a) is not None and numbers(a) == numbers(b))
+        try:
+            return a == b or numbers(a) == numbers(b)
+        except InvalidOperation:  # a word, or a number that can't be compared
+            return False
 
     a, b = lines(printed), lines(expected)
     return len(a) == len(b) and all(map(same, a, b))
@@ -210,9 +213,11 @@ class LiveCodeBench(Task):
 
         try:
             tests = decode_tests(example)
-            function = json.loads(example.get("metadata") or "{}").get("func_name")
+            metadata = example.get("metadata") or {}
+            function = (json.loads(metadata) if isinstance(metadata, str) else metadata).get("func_name")
             expected = [test["output"] if function is None else json.loads(test["output"]) for test in tests]
         except (ValueError, AttributeError) as error:
+            logger.warning(f"Problem {example.get('question_id')} can't be graded, so every program fails: {error}")
             return failed(str(error))
         if code is None:
             return failed("no code between two fences")
@@ -244,9 +249,12 @@ class LiveCodeBench(Task):
                 passed, why = same_output(result.get("stdout", ""), wanted), "wrong output"
             else:
                 value = result.get("value")
-                if isinstance(value, list) and value[0] == "tuple":
+                if isinstance(value, list) and value[:1] == ["tuple"]:
                     value = ["list", *value[1:]]
-                passed, why = same_value(value, wanted), "wrong value"
+                try:
+                    passed, why = same_value(value, wanted), "wrong value"
+                except (ValueError, TypeError):  # the program wrote it, not the driver
+                    passed, why = False, "wrote among the results"
             results.append(passed)
             if not passed:
                 reason = reason or f"test {len(results)}: {why}"

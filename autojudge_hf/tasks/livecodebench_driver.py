@@ -4,6 +4,7 @@
 What tests expect never comes in here, so whatever a program does to this process, it can't fake a pass.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -17,6 +18,7 @@ MODULES = (
     "typing builtins"
 ).split()
 RECURSION_LIMIT = 50_000
+LONGEST_INTEGER = 50_000  # digits, as in the official checker
 
 
 def prepared(name):
@@ -25,6 +27,7 @@ def prepared(name):
     sys.modules[name] = module
     for imported in MODULES:
         exec(f"import {imported}\nfrom {imported} import *", module.__dict__)
+    module.quit = sys.exit  # an interactive Python's
     return module
 
 
@@ -94,6 +97,8 @@ def ended(status):
 def main(request, emit, worker):
     """Emits `{"value": ...}`, `{"stdout": ...}` or, last, `{"error": ...}` for the tests, one after the other."""
     sys.setrecursionlimit(RECURSION_LIMIT)
+    if hasattr(sys, "set_int_max_str_digits"):  # not before 3.10.7
+        sys.set_int_max_str_digits(LONGEST_INTEGER)
     if request["function"] is not None:
         module = prepared("solution")
         seconds = request["seconds"] * len(request["inputs"])
@@ -113,6 +118,9 @@ def main(request, emit, worker):
             if os.fstat(output.fileno()).st_size > request["output_bytes"]:
                 problem = "too much output"
             printed = output.read(request["output_bytes"]).decode("utf-8", "replace")
+        for kind in ("input", "output", "error"):
+            with contextlib.suppress(FileNotFoundError):  # the program's own doing
+                os.unlink(f"{kind}-{number}")
         emit({"error": problem} if problem else {"stdout": printed})
         if problem:
             return

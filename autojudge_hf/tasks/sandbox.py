@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 INIT = Path(__file__).with_name("sandbox_init.py")
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "TMPDIR": "/tmp", "PYTHONHASHSEED": "0"}
+# numpy would start a thread for each core, on a large machine more than a program may have.
+ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 NAMESPACES = ("--mount", "--net", "--ipc", "--uts", "--pid", "--fork", "--kill-child")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 STARTUP_SECONDS = 20.0
@@ -56,7 +58,7 @@ class Limits:
         memory_bytes (`int`, *optional*, defaults to 1 GiB): address space of each process.
         num_processes (`int`, *optional*, defaults to 16): processes and threads at a time.
         disk_bytes (`int`, *optional*, defaults to 64 MiB): all files together; without namespaces, each file.
-        output_bytes (`int`, *optional*, defaults to 16 MiB): everything that is read of the results.
+        output_bytes (`int`, *optional*, defaults to 16 MiB): of each result.
     """
 
     seconds: float = 6.0
@@ -191,7 +193,7 @@ def _results(process: subprocess.Popen, mechanism: str, limits: Limits) -> Itera
             return
         try:
             result = json.loads(line) if isinstance(line, bytes) else {"error": line}
-        except ValueError:
+        except (ValueError, RecursionError):
             result = None
         yield result if isinstance(result, dict) else {"error": "wrote among the results"}
         if isinstance(line, str):
@@ -200,7 +202,7 @@ def _results(process: subprocess.Popen, mechanism: str, limits: Limits) -> Itera
 
 def _lines(fd: int, max_bytes: int) -> Iterator[Any]:
     """Sent the seconds to wait, gives the next line, the reason why there is none (`str`), or `None` at the end."""
-    buffered, total = b"", 0
+    buffered = b""
     seconds = yield None
     os.set_blocking(fd, False)
     with selectors.DefaultSelector() as selector:
@@ -212,13 +214,12 @@ def _lines(fd: int, max_bytes: int) -> Iterator[Any]:
                     yield "timed out"
                     return
                 data = os.read(fd, 1 << 16)
-                total += len(data)
                 if not data:
                     yield None
                     return
-                if total > max_bytes:
+                buffered += data
+                if len(buffered) > max_bytes:
                     yield "too much output"
                     return
-                buffered += data
             line, _, buffered = buffered.partition(b"\n")
             seconds = yield line
