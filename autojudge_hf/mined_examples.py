@@ -29,10 +29,12 @@ class MinedExample:
     Attributes:
         rows (`list[dict]`): a row a mismatch, as `mine_mismatches` returns them.
         skipped (`str`): why there are none: the response has no answer, or the task's error. Empty if mined.
+        failed (`bool`): whether it's the task's error, and another run may try again.
     """
 
     rows: list[dict[str, Any]]
     skipped: str = ""
+    failed: bool = False
 
     @property
     def counts(self) -> dict[str, int]:
@@ -46,6 +48,7 @@ class FinishedExample(NamedTuple):
 
     counts: dict[str, int]
     skipped: str
+    failed: bool
 
 
 class MinedExamples:
@@ -109,7 +112,10 @@ class MinedExamples:
         if not path.is_file():
             _write_whole(path, lambda part: part.write_text(json.dumps(settings, indent=2, sort_keys=True)))
             return
-        written = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            written = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise ValueError(f"{path.name} in {self.folder.name} is damaged. Mine into another folder.") from None
         differences = [
             f"{name}: {written.get(name)} there, {settings.get(name)} now"
             for name in sorted(settings.keys() | written.keys())
@@ -136,6 +142,7 @@ class MinedExamples:
         about = {
             "prompt": self._prompt_hash(example_id),
             "skipped": example.skipped,
+            "failed": str(example.failed),
             "counts": json.dumps(example.counts),
         }
         table = to_dataset(example.rows, self.pair).with_format("arrow")[:].replace_schema_metadata(about)
@@ -151,7 +158,7 @@ class MinedExamples:
     def finished(self) -> dict[int, FinishedExample]:
         """What is known of the examples that are done, by id and in its order; a damaged file is one to mine again."""
         if self.folder is None:
-            return {i: FinishedExample(x.counts, x.skipped) for i, x in sorted(self._kept.items())}
+            return {i: FinishedExample(x.counts, x.skipped, x.failed) for i, x in sorted(self._kept.items())}
         import pyarrow
         import pyarrow.parquet
 
@@ -169,7 +176,8 @@ class MinedExamples:
                     f"{path.name} in {self.folder.name} was mined from another example {_example_id(path)}. Mine "
                     "another dataset into another folder."
                 )
-            finished[_example_id(path)] = FinishedExample(json.loads(about[b"counts"]), about[b"skipped"].decode())
+            skipped, failed = about[b"skipped"].decode(), about.get(b"failed") == b"True"
+            finished[_example_id(path)] = FinishedExample(json.loads(about[b"counts"]), skipped, failed)
         return finished
 
     def dataset(self) -> datasets.Dataset:

@@ -63,6 +63,9 @@ def mine_mismatches(
     Both models decode greedily, or sample at `temperature`, whatever their generation configs say; EOS ids are the
     target's.
 
+    An example on which the task fails, or that the target has no answer to, is skipped with a warning; the same call
+    tries the former again.
+
     Under `accelerate launch` the processes share the examples between them, through `output_dir`, and each returns the
     whole dataset.
 
@@ -98,8 +101,8 @@ def mine_mismatches(
         important), `features`, and the constant `pair`, JSON that says what was mined and how.
 
     Raises:
-        ValueError: for a prompt that leaves no room in a model's context, and for an `output_dir` that isn't empty
-            and wasn't written under the same settings.
+        ValueError: for an empty prompt or one that leaves no room in a model's context, and for an `output_dir` that
+            isn't empty and wasn't written under the same settings.
     """
     if state_position not in STATE_POSITIONS:
         raise ValueError(f"`state_position` must be one of {list(STATE_POSITIONS)}, got {state_position!r}.")
@@ -163,7 +166,8 @@ def mine_mismatches(
     started, counts = time.perf_counter(), Counter()
     hook = model.register_forward_pre_hook(lambda *_: counts.update({"target forwards": 1}))
     try:
-        finished = store.finished()
+        # Where the task failed it may be mended by now.
+        finished = {i: example for i, example in store.finished().items() if not example.failed}
         share = range(state.process_index, len(examples), state.num_processes)
         waiting = [(i, examples[i], prompts[i]) for i in share if i not in finished]
         total = len(finished) + len(waiting)
@@ -209,6 +213,8 @@ def _prompt_ids(
     max_new_tokens: int,
 ) -> list[int]:
     ids = tokenizer.encode(task.prompt(example, tokenizer), add_special_tokens=False)
+    if not ids:
+        raise ValueError(f"Example {example_id}: expected a prompt of at least one token, got none.")
     for model in models:
         limit = max_positions(model)
         if limit is not None and len(ids) + max_new_tokens > limit:

@@ -147,7 +147,7 @@ class SemiGreedySearch:
         self._see_candidates(searches)
         responses = self._continue(searches)
         texts = [self._text(s, response) for s, response in zip(searches, responses)]
-        return searches, responses, grader.submit(_extract, self.task, [s.example for s in searches], texts)
+        return searches, responses, grader.submit(self.task.answers_or_errors, [s.example for s in searches], texts)
 
     def _see_candidates(self, searches: list[_Search]) -> None:
         """Runs the candidates through the target behind their prefixes, as a verification cycle would."""
@@ -227,8 +227,8 @@ class SemiGreedySearch:
         """Takes the trials' answers in: the searches that go on, each with its next trial, and what is finished."""
         finished: dict[int, MinedExample] = {}
         for s, response, answer in zip(searches, responses, answers.result()):
-            if reason := self._label(s, response, answer):
-                finished[s.example_id] = MinedExample([], reason)
+            if skipped := self._label(s, response, answer):
+                finished[s.example_id] = skipped
         searches = [s for s in searches if s.example_id not in finished]
         found = self._next_mismatches(searches)
         finished |= {s.example_id: MinedExample(s.rows) for s in searches if s.example_id not in found}
@@ -237,14 +237,17 @@ class SemiGreedySearch:
             self._assistant.forget(example_id)
         return [s for s in searches if s.example_id in found], finished
 
-    def _label(self, s: _Search, response: list[int], answer: Any) -> str:
-        """Labels the trial by its answer; returns why the example has to be skipped, if so."""
+    def _label(self, s: _Search, response: list[int], answer: Any) -> MinedExample | None:
+        """Labels the trial by its answer, or takes the target's own; returns what becomes of an example to skip."""
         if isinstance(answer, Exception):
-            return f"{type(answer).__name__}: {answer}"
+            return _failed(answer)
         if s.sequence is None:
             s.sequence, s.reference = response, answer
-            return "the target's response has no answer" if answer is None else ""
-        important = not self.task.equivalent(answer, s.reference)
+            return MinedExample([], "the target's response has no answer") if answer is None else None
+        try:
+            important = not self.task.equivalent(answer, s.reference)
+        except Exception as error:  # a user's code, which may raise anything
+            return _failed(error)
         candidate, target = s.trial[-1], s.sequence[s.position]
         s.rows.append(
             {
@@ -263,7 +266,7 @@ class SemiGreedySearch:
         if not important:
             s.sequence = response
         s.position += 1
-        return ""
+        return None
 
     def _next_mismatches(self, searches: list[_Search]) -> set[int]:
         """Prepares the next trials: where the assistant's choice first isn't the sequence's. Returns who has one."""
@@ -296,17 +299,8 @@ class SemiGreedySearch:
         return self.tokenizer.decode(response[len(s.prompt) :], skip_special_tokens=True)
 
 
-def _extract(task: Task, examples: list[Mapping[str, Any]], texts: list[str]) -> list[Any]:
-    """The answers; where the task fails on an example, its error instead, so that one example can't stop a run."""
-    try:
-        answers = task.extract_answers(examples, texts)
-        if len(answers) != len(texts):
-            raise ValueError(f"`extract_answers` gave {len(answers)} answers for {len(texts)} texts")
-        return answers
-    except Exception as error:  # a user's code, which may raise anything
-        if len(examples) == 1:
-            return [error]
-        return [answer for pair in zip(examples, texts) for answer in _extract(task, [pair[0]], [pair[1]])]
+def _failed(error: Exception) -> MinedExample:
+    return MinedExample([], f"{type(error).__name__}: {error}", failed=True)
 
 
 class GumbelNoise(LogitsProcessor):

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import reference
 import torch
@@ -451,6 +452,23 @@ def test_a_task_that_fails_on_an_example_doesnt_stop_the_run(random_pair, tmp_pa
     assert re.search(re.escape(summary) + r"\d+ target forwards .* GiB of memory\n", capsys.readouterr().err)
     again = mine_mismatches(*random_pair, NumberTokenizer(), EXAMPLES, Failing(EXAMPLES), **options)
     assert found(again) == found(rows)
+    # Once the grader works, the same call mines what it had failed on.
+    mended = mine_mismatches(*random_pair, NumberTokenizer(), EXAMPLES, LastTokens(EXAMPLES), **options)
+    assert found(mended) == found(mine_random(random_pair))
+
+
+def test_answers_that_cannot_be_compared_are_skipped(random_pair, caplog):
+    """Arrays, say, whose `==` is neither true nor false."""
+
+    class Arrays(LastTokens):
+        def extract_answers(self, examples, texts):
+            answers = super().extract_answers(examples, texts)
+            odd = [np.array([1, 2]) if example is EXAMPLES[2] else None for example in examples]
+            return [answer if array is None else array for answer, array in zip(answers, odd)]
+
+    mined = mine_mismatches(*random_pair, NumberTokenizer(), EXAMPLES, Arrays(EXAMPLES), max_new_tokens=24)
+    assert found(mined) == found([row for row in mine_random(random_pair) if row["example_id"] != 2])
+    assert "1 x ValueError: The truth value" in caplog.text
 
 
 def test_reading_what_a_miner_left(random_pair, tmp_path):

@@ -37,6 +37,18 @@ class Task(ABC):
     def is_correct(self, example: Mapping[str, Any], answer: Any) -> bool:
         """Whether `answer` is right by the example's gold answer."""
 
+    def answers_or_errors(self, examples: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[Any]:
+        """What `extract_answers` gives, or for an example on which it fails its error: one can't stop a run."""
+        try:
+            answers = self.extract_answers(examples, texts)
+            if len(answers) != len(texts):
+                raise ValueError(f"`extract_answers` gave {len(answers)} answers for {len(texts)} texts")
+            return answers
+        except Exception as error:  # a user's code, which may raise anything
+            if len(texts) == 1:
+                return [error]
+            return [answer for pair in zip(examples, texts) for answer in self.answers_or_errors(*([x] for x in pair))]
+
     def equivalent(self, answer: Any, reference: Any) -> bool:
         """Whether `answer` means the same as the target's own `reference`. `None` is equivalent to nothing."""
         return answer is not None and reference is not None and answer == reference
