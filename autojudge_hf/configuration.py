@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import numbers
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import PurePath
@@ -305,7 +306,7 @@ def _check_evaluation(rows: Any) -> None:
 
 def checked_threshold(value: Any, name: str) -> float:
     """`value` as a float in [0, 1]; a `ValueError` that names `name` otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0.0 <= value <= 1.0:
         raise ValueError(
             f"`{name}` must be a number in [0, 1] (0 accepts no mismatch, 1 all of them), got {value!r:.50}."
         )

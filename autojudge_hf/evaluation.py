@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from .checks import checked_judge
+from .configuration import public_name
 from .forward import eos_token_ids
 from .generation import JudgeDecoderOnlyOutput, judge_decoding
 from .modeling import Judge
@@ -38,7 +39,7 @@ def evaluate_judge(
     task: Task,
     judge: Judge,
     *,
-    thresholds: Sequence[float],
+    thresholds: Iterable[float | str],
     num_assistant_tokens: int | None = None,
     max_new_tokens: int,
     batch_size: int = 1,
@@ -48,7 +49,7 @@ def evaluate_judge(
     Args:
         model, assistant_model, tokenizer, dataset, task: as in `mine_mismatches`; `task.is_correct` grades.
         judge (`Judge`): the judge to measure.
-        thresholds (`Sequence[float]`): values of `judge_threshold`.
+        thresholds (`Iterable[float | str]`): values of `judge_threshold`, or their names in the judge's config.
         num_assistant_tokens (`int`, *optional*): candidates per cycle, the lossless row's included.
         max_new_tokens (`int`): limit of a response, in tokens.
         batch_size (`int`, *optional*, defaults to 1): prompts decoded at once.
@@ -73,25 +74,29 @@ def _rows(
     task: Task,
     judge: Judge,
     *,
-    thresholds: Sequence[float],
+    thresholds: Iterable[float | str],
     num_assistant_tokens: int | str | None,
     lossless: dict[str, Any] | None = None,
     **options: Any,
 ) -> Iterator[dict[str, Any]]:
     """The rows of `evaluate_judge`, one after the other."""
     examples = list(dataset)
+    if not isinstance(judge, Judge):
+        raise ValueError(
+            f"`judge` must be a judge, got {type(judge).__name__}. Load one with `AutoJudge.from_pretrained(...)`."
+        )
     settings = dict(judge.config.decoding_settings)
     if not settings["do_sample"]:
         settings["top_k"] = 50  # `generate`'s default: it warns of any other without sampling
-    for threshold in thresholds:
-        checked_judge(judge, threshold, model, assistant_model, GenerationConfig(**settings))
+    config = GenerationConfig(**settings)
+    values = [checked_judge(judge, threshold, model, assistant_model, config) for threshold in thresholds]
     measure = functools.partial(measure_decoding, model, tokenizer, examples, task, **options)
     shared = {"assistant_model": assistant_model, **settings, "return_dict_in_generate": True}
     loop = functools.partial(
         judge_decoding, assistant_model=assistant_model, num_assistant_tokens=num_assistant_tokens
     )
     yield lossless or {"threshold": None, **measure("lossless", custom_generate=loop, **shared)}
-    for threshold in thresholds:
+    for threshold in values:
         judged = {"judge": judge, "judge_threshold": threshold, "num_assistant_tokens": num_assistant_tokens}
         yield {"threshold": threshold, **measure(f"threshold {threshold:.3g}", **judged, **shared)}
 
@@ -142,11 +147,23 @@ def calibrate_threshold(
     Raises:
         ValueError: before any decoding, as `evaluate_judge`.
     """
+    thresholds = sorted(thresholds)
     if not thresholds:
         raise ValueError("Expected at least one of `thresholds` to try, got none.")
-    if not max_drops or not 0.5 <= confidence < 1.0:
-        raise ValueError(f"Expected budgets and a confidence from 0.5 to 1, got {dict(max_drops)} and {confidence}.")
-    options = {"thresholds": sorted(thresholds), "num_assistant_tokens": num_assistant_tokens, "lossless": lossless}
+    if not isinstance(max_drops, Mapping) or not max_drops or not all(isinstance(name, str) for name in max_drops):
+        raise ValueError(f"`max_drops` must map names to budgets, such as {{'1 point': 0.01}}, got {max_drops!r}.")
+    if not 0.5 <= confidence < 1.0:
+        raise ValueError(f"`confidence` must be at least 0.5 and below 1, got {confidence!r}.")
+    if not isinstance(dataset_name, str) or not dataset_name:
+        raise ValueError(f"`dataset_name` must be the dataset's name, for the judge's card, got {dataset_name!r}.")
+    dataset_name = public_name(dataset_name)
+    dataset = list(dataset)
+    if lossless is not None and (lossless["threshold"] is not None or len(lossless["correct"]) != len(dataset)):
+        raise ValueError(
+            f"`lossless` must be the lossless row of these {len(dataset)} examples, got one of "
+            f"{len(lossless['correct'])} at threshold {lossless['threshold']}."
+        )
+    options = {"thresholds": thresholds, "num_assistant_tokens": num_assistant_tokens, "lossless": lossless}
     options |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     rows, kept, open_budgets = [], dict.fromkeys(max_drops, 0.0), set(max_drops)
     for row in _rows(model, assistant_model, tokenizer, dataset, task, judge, **options):
@@ -200,7 +217,11 @@ def measure_decoding(
     """
     if not examples:
         raise ValueError("Expected at least one example to decode, got none.")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"`batch_size` must be an int of at least 1, got {batch_size!r}.")
     prompts = [task.prompt(example, tokenizer) for example in examples]
+    for example in examples:
+        task.is_correct(example, None)  # fails now where the gold answer is missing
     texts, num_tokens, num_forwards = ([None] * len(examples) for _ in range(3))
     accepted = rejected = seconds = 0
     is_counted = False
@@ -209,13 +230,7 @@ def measure_decoding(
     batches = [order[i : i + batch_size] for i in range(0, len(examples), batch_size)]
     decode = functools.partial(decode_batch, model, max_new_tokens=max_new_tokens, **generate_kwargs)
     for number, batch in enumerate(tqdm(batches, desc=description, unit="batch")):
-        inputs = tokenizer(
-            [prompts[i] for i in batch],
-            return_tensors="pt",
-            padding=batch_size > 1,
-            padding_side="left",
-            add_special_tokens=False,
-        ).to(model.device)
+        inputs = _inputs(model, tokenizer, [prompts[i] for i in batch])
         if number == 0:
             decode(inputs)
         _synchronize(model)
@@ -230,8 +245,16 @@ def measure_decoding(
             texts[i] = tokenizer.decode(response, skip_special_tokens=True)
         if is_counted:
             accepted, rejected = accepted + decisions[0], rejected + decisions[1]
-    answers = task.extract_answers(examples, texts)
-    correct = [task.is_correct(example, answer) for example, answer in zip(examples, answers)]
+    answers = task.answers_or_errors(examples, texts)
+    if failed := [error for error in answers if isinstance(error, Exception)]:
+        logger.warning(
+            f"{description}: the task failed on {len(failed)} of {len(examples)} examples, which count as wrong: "
+            f"{type(failed[0]).__name__}: {failed[0]}"
+        )
+    correct = [
+        task.is_correct(example, None if isinstance(answer, Exception) else answer)
+        for example, answer in zip(examples, answers)
+    ]
     all_tokens = sum(num_tokens) + is_counted * len(examples)
     return {
         "accuracy": float(np.mean(correct)),
@@ -327,6 +350,15 @@ def highlight_accepted(
         text = tokenizer.decode([token])
         parts.append(text if own else f"\033[30;43m{text}\033[0m")
     return "".join(parts)
+
+
+def _inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> dict[str, torch.Tensor]:
+    """Padded on the left, without a word to the tokenizer: not every one has a padding token."""
+    rows = [torch.tensor(tokenizer.encode(prompt, add_special_tokens=False)) for prompt in prompts]
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+    filling = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    padded = {"input_ids": pad(rows, padding_value=filling), "attention_mask": pad([row > -1 for row in rows])}
+    return {name: tensor.long().to(model.device) for name, tensor in padded.items()}
 
 
 def decode_batch(

@@ -71,7 +71,7 @@ def folds(labels: np.ndarray, example_ids: np.ndarray, num_folds: int) -> Iterat
     for fitted, held_out in GroupKFold(num_folds).split(labels, labels, example_ids):
         if len(np.unique(labels[fitted])) < 2:
             raise ValueError(
-                "All important mismatches are in one fold, and a judge has to see both kinds. Mine more examples."
+                "All mismatches of one kind are in one fold, and a judge has to see both. Mine more examples."
             )
         yield fitted, held_out
 

@@ -152,6 +152,8 @@ def select_features(dataset: datasets.Dataset, **layout: Any) -> datasets.Datase
             f"The rows don't have the features {missing}, only {list(mined.feature_columns)}. Mine with them, or find "
             "them with `compute_features`."
         )
+    if not wanted.feature_columns:
+        raise ValueError(f"Nothing is left of the features with {layout}. Keep states or logits.")
     pair["features"] = {name: getattr(wanted, name) for name in pair["features"]}
     kept = [mined.feature_columns[name] for name in wanted.feature_columns]
     features = dataset.with_format("numpy")["features"][:]

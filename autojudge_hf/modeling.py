@@ -74,16 +74,23 @@ class Judge(nn.Module):
         (folder / CARD_NAME).write_text(card.render(), encoding="utf-8")
 
     def _write(self, folder: Path) -> None:
-        """Config and weights."""
+        """Config and weights, both or neither."""
         if folder.is_file():
             raise OSError(f"Expected a folder to save the judge to, got the file {folder.name}.")
-        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        # In no less than they were trained in, whatever the module was cast to since.
+        tensors = {
+            name: (tensor if tensor.dtype == torch.float64 else tensor.float()).contiguous()
+            for name, tensor in self.state_dict().items()
+        }
         if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
             raise ValueError(f"{broken} have values that aren't finite. Train the judge first, or load it.")
         self.config = replace(self.config)  # checks what was set since it was made
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_NAME).write_text(self.config.to_json_string(), encoding="utf-8")
-        save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as part:
+            save_file(tensors, Path(part) / WEIGHTS_NAME, metadata={"format": "pt"})
+            (Path(part) / CONFIG_NAME).write_text(self.config.to_json_string(), encoding="utf-8")
+            for name in (WEIGHTS_NAME, CONFIG_NAME):
+                (Path(part) / name).replace(folder / name)
 
     def _write_custom_generate(self, folder: Path, judge_id: str) -> None:
         (folder / "custom_generate").mkdir(exist_ok=True)

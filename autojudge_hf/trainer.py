@@ -143,6 +143,7 @@ class JudgeTrainer:
     def predict(self, test_dataset: datasets.Dataset, metric_key_prefix: str = "test") -> PredictionOutput:
         """Scores in [0, 1], labels and metrics of a mined dataset."""
         self._check_pairs(test_dataset=test_dataset)
+        self._check_trained()
         features, labels = self._arrays(test_dataset, metric_key_prefix)
         logits = self.judge.decision_function(torch.from_numpy(features))
         scores = torch.sigmoid(logits).numpy()
@@ -240,11 +241,13 @@ class JudgeTrainer:
     def _arrays(self, dataset: datasets.Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Features as float32 of shape `(n, f)` and labels of shape `(n,)`, checked."""
         labels = np.asarray(dataset["label"], dtype=np.int64)
+        if other := sorted(set(labels.tolist()) - {0, 1}):
+            raise ValueError(f"A label is 0 (unimportant) or 1 (important), the {name} rows hold {other}.")
         for label, meaning in ((0, "unimportant"), (1, "important")):
             if not (labels == label).any():
                 raise ValueError(
                     f"The {name} rows ({len(labels)}) hold no {meaning} mismatch, and a judge has to see both kinds. "
-                    "Mine more examples, or hold out a larger share."
+                    "Mine more examples, or hold out others (`validation_size`, `seed`)."
                 )
         features, width = dataset.with_format("numpy")["features"][:], self.judge.config.num_features
         if features.ndim != 2 or features.shape[1] != width:

@@ -72,8 +72,8 @@ class JudgeTrainingArguments:
             value = getattr(self, name)
             if not 0.0 < value < 1.0 and not (name == "recall" and value == 1.0):
                 raise ValueError(f"`{name}` must be a share between 0 and 1, got {value!r}.")
-        if not self.C_grid or any(c <= 0 for c in self.C_grid):
-            raise ValueError(f"`C_grid` needs at least one value, all positive, got {self.C_grid!r}.")
+        if not self.C_grid or not all(0 < c < 1e9 for c in self.C_grid):
+            raise ValueError(f"`C_grid` needs at least one value, all above 0 and below 1e9, got {self.C_grid!r}.")
         if self.class_weight not in (None, "balanced"):
             raise ValueError(f"`class_weight` must be None or 'balanced', got {self.class_weight!r}.")
         if self.judge_type not in LEARNED:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measuring: the figures against a literal count, plain greedy under any generation config, refusals."""
 
+import copy
 import functools
 
 import numpy as np
@@ -111,12 +112,13 @@ def calibrated(monkeypatch, judge, correct, **options):
     def rows(*args, thresholds, **kwargs):
         for threshold, row in zip([None, *thresholds], correct):
             figures = {"tokens_per_cycle": 5.0, "tokens_per_second": 9.0, "mean_response_length": 7.0}
-            yield {"threshold": threshold, "accuracy": np.mean(row), "correct": row, **figures}
+            yield {"threshold": threshold, "accuracy": float(np.mean(row)), "correct": row, **figures}
 
     monkeypatch.setattr(autojudge_hf.evaluation, "_rows", rows)
     thresholds = [0.1 * n for n in range(1, len(correct))]
     options = {"dataset_name": "made-up", "max_new_tokens": 8, **options}
-    return calibrate_threshold(None, None, None, None, None, judge, thresholds=thresholds, **options)
+    examples = [None] * len(correct[0])
+    return calibrate_threshold(None, None, None, examples, None, judge, thresholds=thresholds, **options)
 
 
 def test_threshold_is_the_last_before_the_first_that_costs_too_much(monkeypatch, top_k, caplog):
@@ -135,10 +137,26 @@ def test_threshold_is_the_last_before_the_first_that_costs_too_much(monkeypatch,
     calibrated(monkeypatch, top_k, [right[:50], [False] * 9 + right[:41]], max_drops={"cheap": 0.02})
     assert top_k.config.thresholds == {"cheap": 0.0} and len(top_k.config.evaluation) == 2
     assert "isn't sure to keep to ['cheap']" in caplog.text
-    with pytest.raises(ValueError, match="confidence"):
-        calibrated(monkeypatch, top_k, [right, right], confidence=0.1)
-    with pytest.raises(ValueError, match="at least one of `thresholds`"):
-        calibrated(monkeypatch, top_k, [right])
+    # What would go wrong at the end is told at the beginning.
+    of_others = {"threshold": None, "correct": right[:7]}
+    for rows, options, message in (
+        ([right, right], {"confidence": 0.1}, "confidence"),
+        ([right], {}, "at least one of `thresholds`"),
+        ([right, right], {"max_drops": {0.01: 0.01}}, "`max_drops` must map names"),
+        ([right, right], {"dataset_name": None}, "`dataset_name`.*None"),
+        ([right, right], {"lossless": of_others}, "lossless row of these 1000 examples, got one of 7"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibrated(monkeypatch, top_k, rows, **options)
+
+
+def test_a_local_file_calibrates_twice(monkeypatch, top_k, tmp_path):
+    """Its folder is written nowhere, and the second curve takes the place of the first."""
+    for _ in range(2):
+        calibrated(monkeypatch, top_k, [[True] * 9, [True] * 9], dataset_name=str(tmp_path / "problems.jsonl"))
+        top_k.save_pretrained(tmp_path / "judge")
+    assert {row["dataset"] for row in top_k.config.evaluation} == {"problems.jsonl"}
+    assert str(tmp_path) not in (tmp_path / "judge" / "config.json").read_text()
 
 
 def test_the_budget_is_kept_as_often_as_promised(monkeypatch, top_k):
@@ -164,11 +182,44 @@ def test_refused_before_any_forward(pair, tokenizer, top_k):
         ([], top_k, [0.5], "at least one example"),
         (EXAMPLES, top_k, [0.5, 2.0], r"\[0, 1\].*2\.0"),
         (EXAMPLES, misfit, [0.5], "77.*32"),
+        (EXAMPLES, "user/judge", [0.5], "must be a judge, got str"),
+        (EXAMPLES, top_k, ["1 point"], "'1 point'"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate_judge(*pair, tokenizer, examples, EvenLength(), judge, thresholds=thresholds, **OPTIONS)
+    with pytest.raises(KeyError, match="even"):
+        evaluate_judge(*pair, tokenizer, [{"text": "?"}], EvenLength(), top_k, thresholds=[0.5], **OPTIONS)
+    with pytest.raises(ValueError, match="batch_size.*0"):
+        evaluate_judge(*pair, tokenizer, EXAMPLES, EvenLength(), top_k, thresholds=[0.5], batch_size=0, **OPTIONS)
     for hook in hooks:
         hook.remove()
+
+
+def test_thresholds_by_name_and_without_a_padding_token(pair, tokenizer, top_k):
+    top_k.config.thresholds = {"1 point": 0.8}
+    without = copy.deepcopy(tokenizer)
+    without.pad_token = None
+    rows, expected = (
+        evaluate_judge(*pair, t, EXAMPLES, EvenLength(), top_k, thresholds=values, batch_size=3, **OPTIONS)
+        for t, values in ((without, iter(["1 point", np.float32(0.5)])), (tokenizer, [0.8, 0.5]))
+    )
+    assert [row["threshold"] for row in rows] == [None, 0.8, 0.5]
+    assert [row["texts"] for row in rows] == [row["texts"] for row in expected]
+
+
+def test_a_task_that_fails_on_an_example_costs_that_example(pair, tokenizer, top_k, caplog):
+    class Failing(EvenLength):
+        def extract_answers(self, examples, texts):
+            if any(example is EXAMPLES[1] for example in examples):
+                raise RuntimeError("no grader")
+            return super().extract_answers(examples, texts)
+
+    measured = [
+        measure_decoding(pair[0], tokenizer, EXAMPLES, task, "alone", do_sample=False, max_new_tokens=9)
+        for task in (EvenLength(), Failing())
+    ]
+    assert measured[1]["correct"] == [measured[0]["correct"][0], False, measured[0]["correct"][2]]
+    assert "failed on 1 of 3 examples, which count as wrong: RuntimeError: no grader" in caplog.text
 
 
 def test_paired_interval():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Judges on disk: what was saved comes back, and nothing else loads."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 from conftest import random_llama, similar_model
 from safetensors.torch import save_file
 
+import autojudge_hf.modeling
 from autojudge_hf import (
     AutoJudge,
     EntropyJudge,
@@ -239,6 +241,29 @@ def test_config_defaults_and_refusals():
         JudgeConfig(state_position="next")
     with pytest.raises(OSError, match="from_pretrained"):
         AutoJudge()
+
+
+def test_a_cast_judge_is_saved_whole(linear, tmp_path):
+    half = copy.deepcopy(linear).to(torch.bfloat16)
+    half.save_pretrained(tmp_path / "judge")
+    loaded = AutoJudge.from_pretrained(tmp_path / "judge")
+    assert loaded.weight.dtype == torch.float32 and torch.equal(loaded.weight, half.weight.float())
+
+
+def test_a_full_disk_leaves_the_former_judge(linear, tmp_path, monkeypatch):
+    linear.save_pretrained(tmp_path / "judge")
+    before = {name: (tmp_path / "judge" / name).read_bytes() for name in ("config.json", "model.safetensors")}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(autojudge_hf.modeling, "save_file", full)
+    other = copy.deepcopy(linear)
+    other.config.threshold = 0.9
+    with pytest.raises(OSError, match="No space left"):
+        other.save_pretrained(tmp_path / "judge")
+    assert {name: (tmp_path / "judge" / name).read_bytes() for name in before} == before
+    assert not [path for path in (tmp_path / "judge").iterdir() if path.name.startswith(".")]
 
 
 def test_saved_judge_as_custom_generate(tmp_path):

@@ -249,7 +249,15 @@ def test_refusals(tmp_path, caplog):
             trainer(tmp_path, dataset)
     with pytest.raises(ValueError, match="2 different minings"):
         trainer(tmp_path, good, made_up(pair={**PAIR, "task": "other"}))
+    labels = np.arange(480) % 3
+    with pytest.raises(ValueError, match=r"0 \(unimportant\) or 1 \(important\), the .* hold \[2\]"):
+        trainer(tmp_path, made_up(label=labels))
+    for C in (0.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="C_grid"):
+            trainer(tmp_path, good, C_grid=[C])
     untrained = trainer(tmp_path, good)
+    with pytest.raises(ValueError, match="isn't trained yet"):
+        untrained.evaluate()
     with pytest.raises(ValueError, match="2 different minings"):
         untrained.predict(made_up(pair={**PAIR, "task": "other"}))
     with pytest.raises(ValueError, match=r"Call `train\(\)` first"):
