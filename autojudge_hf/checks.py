@@ -119,7 +119,7 @@ def _warn_of_another_pair(judge: Judge, model: PreTrainedModel, assistant_model:
         ("target", config.base_model_name_or_path, model),
         ("assistant", config.assistant_model_name_or_path, assistant_model),
     ):
-        actual = public_name(part.config._name_or_path) if part is not None else None
+        actual = public_name(part.config.name_or_path) if part is not None else None
         # A local copy of "user/model" is called "model".
         if trained and actual and trained.rsplit("/", 1)[-1] != actual.rsplit("/", 1)[-1]:
             others.append(f"{role} {actual} (mined with {trained})")

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
     from transformers.cache_utils import Cache
-    from transformers.generation import CandidateGenerator
     from transformers.generation.streamers import BaseStreamer
 
     from .modeling import Judge
@@ -90,7 +89,7 @@ def judge_decoding(
     judge_threshold: float | str | None = None,
     num_assistant_tokens: int | str | None = None,
     streamer: BaseStreamer | None = None,
-    candidate_generator: CandidateGenerator | None = None,
+    candidate_generator: JudgeCandidateGenerator | None = None,
     **model_kwargs: Any,
 ) -> JudgeDecoderOnlyOutput | torch.LongTensor:
     """Assisted decoding that keeps harmless mismatches; lossless with `judge=None`.
@@ -112,8 +111,7 @@ def judge_decoding(
         num_assistant_tokens (`int` or `"adaptive"`, *optional*): candidates per cycle; default: the assistant's
             generation config, or `prompt_lookup_num_tokens`. [`AdaptiveDraftLength`] says what `"adaptive"` does.
         streamer (`BaseStreamer`, *optional*): gets each cycle's tokens; for a single prompt.
-        candidate_generator (`CandidateGenerator`, *optional*): drafts in the assistant's place, as
-            [`JudgeCandidateGenerator`] would.
+        candidate_generator ([`JudgeCandidateGenerator`], *optional*): drafts in the assistant's place.
         model_kwargs: what `generate` prepared for the forward: cache, attention mask.
 
     Returns:

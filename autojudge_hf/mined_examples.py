@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-SETTINGS_NAME, LOCK_NAME, CACHE_NAME = "settings.json", ".lock", ".cache"
+SETTINGS_NAME, LOCK_NAME, ARROW_NAME = "settings.json", ".lock", ".cache"
 
 
 @dataclass
@@ -189,7 +189,7 @@ class MinedExamples:
             return to_dataset([row for i in with_rows for row in self._kept[i].rows], self.pair)
         paths = [str(self._path(i)) for i in with_rows]
         return datasets.Dataset.from_parquet(
-            paths, features=features_of(self.pair), cache_dir=str(self.folder / CACHE_NAME)
+            paths, features=features_of(self.pair), cache_dir=str(self.folder / ARROW_NAME)
         )
 
     def _path(self, example_id: int) -> Path:

@@ -155,7 +155,7 @@ class LinearJudge(Judge):
         self._add("bias", 1, dtype=torch.float64)
 
     def _add(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> None:
-        """A tensor to load. A bias needs digits: it holds what the scaler subtracts, thousands of times a score."""
+        """Adds a tensor, NaN until it's loaded. A bias needs more digits: it holds what the scaler subtracts."""
         empty = torch.full(shape, float("nan"), dtype=dtype)
         setattr(self, name, nn.Parameter(empty, requires_grad=False))
 

@@ -3,7 +3,7 @@
 
     python hub_cards/render.py
 
-A config.json is the one that `examples/measure_judge.py` leaves in the judge's folder.
+A config.json is the one of a judge that `examples/compare_judges.py` or `examples/measure_judge.py` made.
 """
 
 import json
