@@ -33,6 +33,8 @@ def _with_judge(generate):
             raise ValueError("Pass either `judge` or `custom_generate`: each brings its own decoding loop.")
         arguments = signature.bind(self, *args, **kwargs).arguments
         extra = arguments.pop("kwargs", {})
+        if arguments.get("synced_gpus"):
+            raise ValueError("Judge decoding doesn't support `synced_gpus`: ranks differ in their number of forwards.")
         _check_models(self, arguments.get("assistant_model"))
         _check_tokenizers(extra)
         _stop_strings_to_criterion(arguments, extra)
@@ -78,16 +80,18 @@ def _check_tokenizers(extra: dict[str, Any]) -> None:
 
 def _stop_strings_to_criterion(arguments: dict[str, Any], extra: dict[str, Any]) -> None:
     """Makes stop strings a stopping criterion: `generate` loses the tokenizer on the way to a custom loop."""
-    config = arguments.get("generation_config") or arguments["self"].generation_config
-    stop_strings = extra.pop("stop_strings", None) or config.stop_strings
+    own = arguments["self"].generation_config
+    config = arguments.get("generation_config") or own
+    # As `generate` merges them: what the call says, be it None, then its config, then the model's.
+    stop_strings = extra.get("stop_strings", config.stop_strings or own.stop_strings)
     if not stop_strings:
         return
-    tokenizer = extra.pop("tokenizer", None)
+    tokenizer = extra.get("tokenizer")
     if tokenizer is None:
         raise ValueError(f"`stop_strings={stop_strings!r}` needs the `tokenizer`: pass it to `generate` too.")
     if config.stop_strings is not None:
         arguments["generation_config"] = config = copy.deepcopy(config)
         config.stop_strings = None
-        extra["stop_strings"] = None  # or the model's own config would bring them back
+    extra["stop_strings"] = None  # or the model's own config would bring them back
     criteria = arguments.get("stopping_criteria") or []
     arguments["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, stop_strings)])

@@ -240,6 +240,8 @@ def rewind(cache: Cache, removed: Sequence[int]) -> None:
             return x.reshape(-1, d).index_select(0, sources(heads, n, x.device)).view_as(x)
 
         for layer in cache.layers:
+            if not layer.is_initialized:  # some models have fewer layers than their config says (BART)
+                continue
             if isinstance(cache, FixedCache):
                 for x in (layer.keys, layer.values):
                     held = x[: len(removed), :, : cache.length]

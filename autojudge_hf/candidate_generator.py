@@ -15,7 +15,7 @@ from .forward import cached_forward, fixed_draft, of_vocabulary, vocab_size
 
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
     from transformers.cache_utils import Cache
 
 
@@ -212,23 +212,21 @@ class PromptLookup(CandidateGenerator):
     Args:
         model (`PreTrainedModel`): the target.
         generation_config (`GenerationConfig`): its `max_matching_ngram_size` and `max_length`.
-        processors (`list[LogitsProcessorList]`): the logits processors of each row, which forbid candidates.
+        num_rows (`int`): rows of the batch.
     """
 
     states = None
 
-    def __init__(
-        self, model: PreTrainedModel, generation_config: GenerationConfig, processors: Sequence[LogitsProcessorList]
-    ):
+    def __init__(self, model: PreTrainedModel, generation_config: GenerationConfig, num_rows: int):
+        self.vocab_size = vocab_size(model)
         self.generators = [
             PromptLookupCandidateGenerator(
                 eos_token_id=generation_config._eos_token_tensor,
                 max_matching_ngram_size=generation_config.max_matching_ngram_size or 2,
                 max_length=generation_config.max_length,
-                logits_processor=row_processors or None,
-                vocab_size=vocab_size(model),
+                vocab_size=self.vocab_size,
             )
-            for row_processors in processors
+            for _ in range(num_rows)
         ]
         #: How many candidates of each row are real; the others fill the block up.
         self.lengths: list[int] = []
@@ -238,9 +236,12 @@ class PromptLookup(CandidateGenerator):
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
         max_candidates: int = 10,
-        process: object = None,
+        process: Callable[..., torch.Tensor] | None = None,
     ) -> tuple[torch.LongTensor, None]:
-        """As [`JudgeCandidateGenerator.get_candidates`]; the draft is certain of its candidates and has no logits."""
+        """As [`JudgeCandidateGenerator.get_candidates`]; the draft is certain of its candidates and has no logits.
+
+        A row's draft ends before a candidate that `process` forbids.
+        """
         drafts = []
         for j, generator in enumerate(self.generators):
             tokens = input_ids[j] if attention_mask is None else input_ids[j, attention_mask[j].bool()]
@@ -249,6 +250,11 @@ class PromptLookup(CandidateGenerator):
             drafts.append(sequence[0, len(tokens) :])
         self.lengths = [len(draft) for draft in drafts]
         filled = torch.nn.utils.rnn.pad_sequence(drafts, batch_first=True)
+        for i in range(filled.shape[1] if process is not None else 0):
+            logits = torch.zeros(len(filled), 1, self.vocab_size, device=filled.device)
+            logits = process(filled[:, :i], logits, lengths=self.lengths)[:, 0]
+            is_forbidden = logits.gather(1, filled[:, i : i + 1]).isinf()[:, 0].tolist()
+            self.lengths = [min(n, i) if forbidden else n for n, forbidden in zip(self.lengths, is_forbidden)]
         return torch.cat([input_ids, filled], dim=1), None
 
     def rewind(self, num_committed: Sequence[int]) -> None:

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from .caches import CACHE_NAME, other_layers
 from .configuration import checked_threshold, decoding_settings, public_name
 from .draft_length import ADAPTIVE, DEFAULT_DRAFT_LENGTH
-from .forward import hidden_size, vocab_size
+from .forward import forward_parameters, hidden_size, last_short_position, positions_of, vocab_size
 from .modeling import Judge
 
 
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # Pairs with one tokenizer pad its vocabulary to different sizes, Qwen2.5's by 128. Tokenizers differ by more.
 LARGEST_PADDING = 1024
+# These reckon positions from the mask, or from distances alone.
+ALIBI = ("bloom", "mpt")
 
 
 def checked_draft_length(
@@ -161,12 +163,16 @@ def check_supported(
     # A single prompt may have gaps: `generate` masks whatever looks like padding in it.
     is_padded_behind = mask is not None and not mask[:, -1].all()
     is_padded_behind |= mask is not None and len(mask) > 1 and bool((mask[:, 1:] < mask[:, :-1]).any())
+    lacks_text = _lacks_text(input_ids, mask, cache)
     layers = other_layers(cache) if type(cache) is DynamicCache else []
     # `generate` has made an empty one of its own, in whose place comes ours.
     is_static = generation_config.cache_implementation == "static" and type(cache) is StaticCache
     known = {CACHE_NAME, "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
     known |= {"output_hidden_states", "output_attentions"}  # also in the config, which is what counts
-    other = sorted(k for k, v in model_kwargs.items() if v is not None and k not in known)
+    # Models of images get an empty dict of them with a text.
+    other = sorted(
+        k for k, v in model_kwargs.items() if not (v is None or k in known or (isinstance(v, dict) and not v))
+    )
     config = generation_config
     drafters = {
         "assistant_model": assistant_model,
@@ -178,6 +184,17 @@ def check_supported(
         "encoder-decoder models": any(m.config.is_encoder_decoder for m in models),
         "stateful models, which can't take tokens back": any(m._is_stateful for m in models),
         "prompts padded on the right or within (set `padding_side='left'`)": is_padded_behind,
+        "a cache with the new tokens alone (pass the whole text, what is cached included)": lacks_text,
+        "`position_ids` of your own": not lacks_text
+        and _has_own_positions(input_ids, mask, model_kwargs.get("position_ids")),
+        "texts that grow past the length at which LongRoPE changes every token": _outgrows_longrope(
+            model, input_ids, mask, config
+        ),
+        "batches of models that can't be told positions": len(input_ids) > 1
+        and not all("position_ids" in forward_parameters(m) or m.config.model_type in ALIBI for m in models),
+        "wrapped models whose `forward` doesn't name its arguments": not all(
+            "input_ids" in forward_parameters(m) for m in models
+        ),
         "streamers with several prompts": len(input_ids) > 1 and streamer is not None,
         "beam search": (config.num_beams or 1) > 1,
         "`num_return_sequences` above 1": (config.num_return_sequences or 1) > 1,
@@ -211,3 +228,32 @@ def check_supported(
         )
     if config.compile_config is not None and not is_static:
         warn_once("Only fixed shapes are compiled: `compile_config` needs `cache_implementation='static'`.")
+
+
+def _has_own_positions(input_ids: torch.Tensor, mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> bool:
+    """Whether somebody passed other positions than `generate` makes. (Those of images have three dimensions.)"""
+    if position_ids is None or position_ids.ndim != 2:
+        return False
+    mask = input_ids.new_ones(input_ids.shape) if mask is None else mask
+    columns = slice(-min(position_ids.shape[1], mask.shape[1]), None)
+    is_other = positions_of(mask)[:, columns] != position_ids[:, columns]
+    return bool((is_other & (mask[:, columns] != 0)).any())
+
+
+def _lacks_text(input_ids: torch.Tensor, mask: torch.Tensor | None, cache: Any) -> bool:
+    if type(cache) is not DynamicCache or cache.get_seq_length() == 0:
+        return False
+    length = input_ids.shape[1]
+    return cache.get_seq_length() >= length or (mask is not None and mask.shape[1] != length)
+
+
+def _outgrows_longrope(
+    model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor | None, config: GenerationConfig
+) -> bool:
+    """There a plain `generate` begins anew without its cache."""
+    limit = last_short_position(model)
+    if limit is None or config.max_length is None:
+        return False
+    columns = input_ids.shape[1]
+    shortest, longest = (columns, columns) if mask is None else (int(mask.sum(1).min()), int(mask.sum(1).max()))
+    return shortest <= limit < longest + config.max_length - columns

@@ -22,8 +22,14 @@ if TYPE_CHECKING:
 
 
 @functools.lru_cache
-def _forward_parameters(model_class: type) -> frozenset[str]:
+def _parameters(model_class: type) -> frozenset[str]:
     return frozenset(inspect.signature(model_class.forward).parameters)
+
+
+def forward_parameters(model: PreTrainedModel) -> frozenset[str]:
+    """What a model's forward takes by name; `torch.compile` and PEFT wrap it in one that doesn't say."""
+    model = getattr(model, "_orig_mod", model)
+    return _parameters(type(model.get_base_model() if hasattr(model, "get_base_model") else model))
 
 
 class Pass(NamedTuple):
@@ -86,6 +92,10 @@ def cached_forward(
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask.to(model.device)
             inputs |= _position_ids(model, inputs["attention_mask"], slice(-tokens.shape[1], None))
+        elif "position_ids" in forward_parameters(model):
+            # Not every model would count them as `generate` does (RoBERTa).
+            first = cache.get_seq_length()
+            inputs["position_ids"] = torch.arange(first, first + tokens.shape[1], device=model.device)[None]
         outputs = model(**inputs, output_hidden_states=output_hidden_states, return_dict=True)
     return Pass(outputs.logits, seen[0], outputs.hidden_states)
 
@@ -163,7 +173,7 @@ def fixed_draft(
         cache.step = _greedy_step if config is None else torch.compile(_greedy_step, **config.to_dict())
     cache.begin(rows, end - cache.length, attention_mask)
     inputs = _model_inputs(model, None, cache, 1)
-    has_positions = "position_ids" in _forward_parameters(type(model))
+    has_positions = "position_ids" in forward_parameters(model)
     for i in range(is_prefill, num_candidates):
         cache.step(model, cache, inputs, has_positions, n if i == 0 else 1, vocab_size)
     cache.length = end
@@ -177,7 +187,7 @@ def _greedy_step(
     at = torch.arange(n, device=cache.start.device) + cache.start
     inputs = {**inputs, "input_ids": cache.tokens.index_select(1, at), "attention_mask": cache.mask}
     if has_positions:
-        inputs["position_ids"] = _positions(cache.mask).index_select(1, at)
+        inputs["position_ids"] = positions_of(cache.mask).index_select(1, at)
     choices = model(**inputs, return_dict=True).logits[:, -1:, :vocab_size].argmax(dim=-1)
     cache.tokens.index_copy_(1, at[-1:] + 1, choices)
     cache.start.add_(n)
@@ -186,7 +196,7 @@ def _greedy_step(
 def _model_inputs(
     model: PreTrainedModel, tokens: torch.Tensor | None, cache: Cache, num_logits: int
 ) -> dict[str, Any]:
-    accepted = _forward_parameters(type(model))
+    accepted = forward_parameters(model)
     # A model whose code comes from the Hub may go by the old name for longer.
     cache_name = "past_key_values" if "past_key_values" in accepted else CACHE_NAME
     inputs = {"input_ids": tokens, cache_name: cache, "use_cache": True}
@@ -195,12 +205,13 @@ def _model_inputs(
 
 def _position_ids(model: PreTrainedModel, mask: torch.Tensor, columns: slice) -> dict[str, torch.Tensor]:
     """Filling doesn't count."""
-    if "position_ids" not in _forward_parameters(type(model)):
+    if "position_ids" not in forward_parameters(model):
         return {}
-    return {"position_ids": _positions(mask)[:, columns]}
+    return {"position_ids": positions_of(mask)[:, columns]}
 
 
-def _positions(mask: torch.Tensor) -> torch.Tensor:
+def positions_of(mask: torch.Tensor) -> torch.Tensor:
+    """Position of each token, filling not counted: shape `(b, n)` to the same."""
     return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
@@ -232,6 +243,15 @@ def max_positions(model: PreTrainedModel) -> int | None:
     return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
 
 
+def last_short_position(model: PreTrainedModel) -> int | None:
+    """How long a text may be before every token's rotation changes (LongRoPE); `None` for other models."""
+    config = model.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    return rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+
+
 def vocab_size(model: PreTrainedModel) -> int:
     return model.config.get_text_config(decoder=True).vocab_size
 
@@ -246,8 +266,8 @@ def of_vocabulary(logits: torch.Tensor, size: int) -> torch.Tensor:
 
 def hidden_size(model: PreTrainedModel) -> int:
     """Width of the last hidden state: what the output embeddings read, which may be narrower than the layers (OPT)."""
-    head = model.get_output_embeddings()
-    return getattr(head, "in_features", head.weight.shape[-1])  # a quantised weight has another shape
+    width = model.config.get_text_config(decoder=True).hidden_size
+    return getattr(model.get_output_embeddings(), "in_features", width)
 
 
 def eos_token_ids(model: PreTrainedModel) -> set[int]:

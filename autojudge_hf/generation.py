@@ -154,7 +154,7 @@ def judge_decoding(
         cache.activate_past_recording()
     drafter = candidate_generator
     if drafter is None and assistant_model is None:
-        drafter = PromptLookup(model, generation_config, processors.processors)
+        drafter = PromptLookup(model, generation_config, len(input_ids))
     elif drafter is None:
         drafter = JudgeCandidateGenerator(
             assistant_model,
@@ -179,7 +179,7 @@ def judge_decoding(
             # A cycle commits one token more than it has candidates, and the newest one needs no position yet.
             room = [stop.room(rows, j) - 1 for j in range(len(rows.active))]
             longest_draft = min(draft_length.value, max(room), max(0, max_length - max(rows.lengths)))
-            process = functools.partial(processors, rows) if any(processors.processors) else None
+            process = functools.partial(processors, rows, room) if any(processors.processors) else None
             sequence, assistant_logits = drafter.get_candidates(sequence, rows.attention_mask, longest_draft, process)
         drafted = draft_length.now(model.device)
         candidate_ids = sequence[:, rows.input_ids.shape[1] :]
@@ -198,7 +198,7 @@ def judge_decoding(
             output_hidden_states=kept.hidden_states is not None,
         )
         logits = outputs.logits[:, -k - 1 :].to(input_ids.device, torch.float32)
-        processed = processors(rows, candidate_ids, logits)
+        processed = processors(rows, room, candidate_ids, logits, drafter.lengths or room)
 
         lengths = [min(k, *limits) for limits in zip(room, drafter.lengths or room)]
         if generation_config.do_sample:

@@ -45,7 +45,7 @@ class Rows:
         self.input_ids = input_ids
         if attention_mask is None and len(input_ids) > 1:
             attention_mask = torch.ones_like(input_ids)
-        self.attention_mask = attention_mask
+        self.attention_mask = None if attention_mask is None else attention_mask.long()
 
     @property
     def lengths(self) -> list[int]:
@@ -115,15 +115,31 @@ class RowProcessors:
             LogitsProcessorList(_numbered(processor, row) for processor in processors) for row in range(batch_size)
         ]
 
-    def __call__(self, rows: Rows, candidate_ids: torch.LongTensor, logits: torch.Tensor) -> torch.Tensor:
-        """Logits of shape `(a, n, v)`, of which the last follow `rows` and all of `candidate_ids`, `(a, i)`."""
+    def __call__(
+        self,
+        rows: Rows,
+        room: Sequence[int],
+        candidate_ids: torch.LongTensor,
+        logits: torch.Tensor,
+        lengths: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """Logits of shape `(a, n, v)`, of which the last follow `rows` and all of `candidate_ids`, `(a, i)`.
+
+        Of row j's candidates there is room for `room[j]`, and `lengths[j]` are real, all by default: what follows the
+        others is for no processor to see.
+        """
         if not any(self.processors):
             return logits
         n = logits.shape[1]
+        limits = room if lengths is None else list(map(min, room, lengths))
+        first = candidate_ids.shape[1] - n + 1
         processed = []
         for j, row in enumerate(rows.active):
             tokens = torch.cat([rows.history(row), candidate_ids[j]])[None]
             for i in range(n):
+                if first + i > limits[j]:
+                    processed.append(logits[j, i][None])
+                    continue
                 seen = tokens[:, : tokens.shape[1] - n + 1 + i]
                 processed.append(self.processors[row](seen, logits[j, i][None].clone()))
         return torch.cat(processed).view_as(logits)

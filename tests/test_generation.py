@@ -584,6 +584,11 @@ def test_stop_strings_inside_a_block(target, draft, tokenizer, test_problems, to
     with pytest.raises(ValueError, match="stop_strings.*tokenizer"):
         target.generate(**inputs, stop_strings=[stop], max_new_tokens=5, **judged)
     monkeypatch.setattr(target.generation_config, "stop_strings", [stop])
+    # The model's own apply beside a config that has none, and not where the call says none.
+    config = GenerationConfig(do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+    tokens = {"tokenizer": tokenizer, "generation_config": config}
+    assert torch.equal(target.generate(**inputs, **judged, **tokens), expected)
+    assert target.generate(**inputs, stop_strings=None, **judged, **tokens).shape[1] > expected.shape[1]
     assert torch.equal(target.generate(**inputs, **judged, **options), expected)
 
 
@@ -710,6 +715,8 @@ def test_without_judge_the_original_runs(random_pair, monkeypatch):
         ({"assistant_model": None, "assistant_early_exit": 2}, "assistant_early_exit.*1 to 1.*got 2"),
         ({"num_assistant_tokens": "many"}, "num_assistant_tokens.*'adaptive'.*'many'"),
         ({"custom_generate": lambda *args, **kwargs: None}, "custom_generate"),
+        ({"position_ids": 3 * torch.arange(7)[None]}, "position_ids.*of your own"),
+        ({"synced_gpus": True}, "synced_gpus"),
     ],
 )
 def test_bad_calls_fail_before_any_forward(random_pair, linear_judge, options, message):
@@ -752,6 +759,24 @@ def test_caches_that_are_refused(random_pair, top_k):
         with pytest.raises(ValueError, match=message):
             model.generate(PROMPT, judge=top_k, **options)
         assert cache.get_seq_length() == 0
+
+
+def test_a_cache_wants_the_whole_text(random_pair, top_k):
+    """Not the new tokens alone, as plain `generate` takes them: the drafter has to see what came before."""
+    model, assistant = random_pair
+    text, new = PROMPT[:, :4], PROMPT[:, 4:]
+    for tokens, mask in ((new, torch.ones_like(PROMPT)), (text, None)):
+        cache = DynamicCache(config=model.config)
+        model(text, **{CACHE_NAME: cache})
+        with pytest.raises(ValueError, match="pass the whole text"):
+            model.generate(
+                tokens,
+                attention_mask=mask,
+                max_new_tokens=5,
+                assistant_model=assistant,
+                judge=top_k,
+                **{CACHE_NAME: cache},
+            )
 
 
 def test_a_cache_that_lags_behind_its_shrunken_rows():

@@ -8,8 +8,20 @@ import threading
 import pytest
 import reference
 import torch
-from conftest import PROMPT, left_padded, random_llama, similar_model
-from transformers import CompileConfig, GenerationConfig, pipeline
+from conftest import PROMPT, left_padded, random_llama, scaled_up, similar_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CompileConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LogitsProcessor,
+    LogitsProcessorList,
+    pipeline,
+)
 
 import autojudge_hf.checks
 import autojudge_hf.generation
@@ -278,3 +290,123 @@ def test_growing_caches_are_not_compiled(random_pair, top_k, caplog):
     config = CompileConfig(backend=lambda *_: pytest.fail("compiled"))
     _, messages = warnings_of(caplog, lambda: model.generate(PROMPT, compile_config=config, **options))
     assert len(messages) == 1 and "`compile_config` needs `cache_implementation='static'`" in messages[0]
+
+
+# Odd models
+
+
+def decoder(name, **sizes):
+    """A small random decoder of an odd family."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0, **sizes}
+    return scaled_up(AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes)).eval())
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def test_longrope_is_lossless_or_refused(top_k):
+    """Past a certain length it turns every token's keys another way, so that no cache can be gone on with."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 24}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [1.0 + 2 * i for i in range(8)], "partial_rotary_factor": 1.0}
+    model = decoder("phi3", **SMALL, rope_parameters=rope, original_max_position_embeddings=24)
+    options = {"assistant_model": similar_model(model), "judge": top_k, "num_assistant_tokens": 5, **LOSSLESS}
+    torch.manual_seed(1)
+    for length, max_new_tokens in ((7, 17), (40, 30)):
+        prompt = torch.randint(1, 32, (1, length))
+        expected = model.generate(prompt, do_sample=False, max_new_tokens=max_new_tokens)
+        assert torch.equal(model.generate(prompt, max_new_tokens=max_new_tokens, **options), expected)
+    with pytest.raises(ValueError, match="LongRoPE"):
+        model.generate(PROMPT, max_new_tokens=18, **options)
+
+
+def test_models_that_count_positions_their_own_way(top_k):
+    """RoBERTa starts behind its padding token unless it is told; BART can't be told, and lacks some of its layers."""
+    sizes = {"d_model": 32, "decoder_layers": 2, "encoder_layers": 5, "decoder_attention_heads": 2}
+    sizes |= {"decoder_ffn_dim": 64, "dropout": 0.0, "forced_eos_token_id": None, "is_encoder_decoder": False}
+    for model in (decoder("roberta", **SMALL, is_decoder=True), decoder("bart", **sizes, is_decoder=True)):
+        options = {"assistant_model": similar_model(model), "judge": top_k, "num_assistant_tokens": 5, **LOSSLESS}
+        expected = model.generate(PROMPT, do_sample=False, max_new_tokens=40)
+        assert torch.equal(model.generate(PROMPT, max_new_tokens=40, **options), expected)
+    with pytest.raises(ValueError, match="batches of models that can't be told positions"):
+        model.generate(**left_padded([[3, 4, 5], [6]]), max_new_tokens=4, **options)
+
+
+def test_texts_for_a_model_of_images(top_k):
+    text = LlamaConfig(**SMALL, vocab_size=32, eos_token_id=None, pad_token_id=0)
+    vision = CLIPVisionConfig(**SMALL, image_size=8, patch_size=4)
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_id=31)
+    ).eval()
+    scaled_up(model.model.language_model)
+    options = {"assistant_model": random_llama(), "judge": top_k, "num_assistant_tokens": 5, **LOSSLESS}
+    for inputs in ({"input_ids": PROMPT}, left_padded([[3, 4, 5, 9, 2], [6, 7]])):
+        expected = model.generate(**inputs, do_sample=False, max_new_tokens=20)
+        assert len(set(expected[0, -20:].tolist())) >= 3
+        assert torch.equal(model.generate(**inputs, max_new_tokens=20, **options), expected)
+
+
+def test_a_compiled_assistant_drafts_as_well(random_pair, top_k):
+    """A wrapper's `forward` doesn't name the positions, without which a padded row is drafted for badly."""
+    model, assistant = random_pair
+    options = {"judge": top_k, "judge_threshold": 0.5, "do_sample": False, "max_new_tokens": 20}
+    options |= {"num_assistant_tokens": 3, "return_dict_in_generate": True}
+    plain, compiled = (
+        model.generate(**left_padded([[3, 14, 15, 9, 2], [8]]), assistant_model=drafter, **options)
+        for drafter in (assistant, torch.compile(assistant, backend="eager"))
+    )
+    assert torch.equal(compiled.sequences, plain.sequences)
+    assert torch.equal(compiled.num_matches, plain.num_matches)
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = assistant
+
+        def __getattr__(self, name):
+            return super().__getattr__(name) if name == "model" else getattr(self.model, name)
+
+        def forward(self, *args, **kwargs):
+            return self.model(*args, **kwargs)
+
+    with pytest.raises(ValueError, match="wrapped models"):
+        model.generate(PROMPT, assistant_model=Wrapped(), **options)
+
+
+@pytest.mark.parametrize("drafter", ["assistant_model", "prompt_lookup_num_tokens"])
+@pytest.mark.parametrize("threshold", [0.0, 0.7])
+def test_processors_see_what_generate_shows_them(random_pair, top_k, drafter, threshold):
+    """Rows as wide as the batch, never longer than the response may be: one may keep a table of its steps."""
+    model, assistant = random_pair
+    prompts = [[3, 14, 15, 9, 3, 14, 2, 3, 14, 15, 7, 2, 3], [5, 6, 5, 6, 5]]
+    torch.manual_seed(0)
+    steps = torch.randn(8, 32) * 0.01
+
+    class Steps(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            assert input_ids.shape[1] >= 13
+            return scores + steps[input_ids.shape[1] - 13]
+
+    options = {"do_sample": False, "max_new_tokens": 8, "logits_processor": LogitsProcessorList([Steps()])}
+    expected = model.generate(**left_padded(prompts), **options)
+    draft = {"assistant_model": assistant} if drafter == "assistant_model" else {drafter: 4}
+    output = model.generate(**left_padded(prompts), judge=top_k, judge_threshold=threshold, **draft, **options)
+    assert threshold > 0 or torch.equal(output, expected)
+
+
+def test_masks_of_any_dtype(random_pair, top_k):
+    model, assistant = random_pair
+    inputs = left_padded([[3, 14, 15, 9, 2], [8]])
+    expected = model.generate(**inputs, do_sample=False, max_new_tokens=9)
+    for dtype in (torch.bool, torch.int32, torch.float32, torch.float16):
+        mask = inputs["attention_mask"].to(dtype)
+        output = model.generate(
+            inputs["input_ids"],
+            attention_mask=mask,
+            max_new_tokens=9,
+            assistant_model=assistant,
+            judge=top_k,
+            **LOSSLESS,
+        )
+        assert torch.equal(output, expected)
