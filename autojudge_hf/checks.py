@@ -190,11 +190,8 @@ def check_supported(
         "texts that grow past the length at which LongRoPE changes every token": _outgrows_longrope(
             model, input_ids, mask, config
         ),
-        "batches of models that can't be told positions": len(input_ids) > 1
+        "batches of models whose `forward` takes no `position_ids`": len(input_ids) > 1
         and not all("position_ids" in forward_parameters(m) or m.config.model_type in ALIBI for m in models),
-        "wrapped models whose `forward` doesn't name its arguments": not all(
-            "input_ids" in forward_parameters(m) for m in models
-        ),
         "streamers with several prompts": len(input_ids) > 1 and streamer is not None,
         "beam search": (config.num_beams or 1) > 1,
         "`num_return_sequences` above 1": (config.num_return_sequences or 1) > 1,
