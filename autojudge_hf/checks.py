@@ -63,6 +63,13 @@ def checked_draft_length(
     return num_assistant_tokens
 
 
+def check_is_judge(judge: object) -> None:
+    if not isinstance(judge, Judge):
+        raise ValueError(
+            f"`judge` must be a judge, got {type(judge).__name__}. Load one with `AutoJudge.from_pretrained(...)`."
+        )
+
+
 def checked_judge(
     judge: Judge | None,
     judge_threshold: float | str | None,
@@ -80,10 +87,7 @@ def checked_judge(
         if judge_threshold is not None:
             raise ValueError(f"`judge_threshold={judge_threshold}` needs a `judge`, got None.")
         return 0.0
-    if not isinstance(judge, Judge):
-        raise ValueError(
-            f"`judge` must be a judge, got {type(judge).__name__}. Load one with `AutoJudge.from_pretrained(...)`."
-        )
+    check_is_judge(judge)
     config = judge.config
     if judge.reads_assistant_logits and assistant_model is None:
         raise ValueError(

@@ -16,16 +16,18 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from .checks import checked_judge
+from .checks import check_is_judge, checked_judge
 from .configuration import public_name
 from .forward import eos_token_ids
 from .generation import JudgeDecoderOnlyOutput, judge_decoding
-from .modeling import Judge
+from .rows import left_padded
 from .tasks import Task
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .modeling import Judge
 
 
 logger = logging.getLogger(__name__)
@@ -81,10 +83,7 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     """The rows of `evaluate_judge`, one after the other."""
     examples = list(dataset)
-    if not isinstance(judge, Judge):
-        raise ValueError(
-            f"`judge` must be a judge, got {type(judge).__name__}. Load one with `AutoJudge.from_pretrained(...)`."
-        )
+    check_is_judge(judge)
     settings = dict(judge.config.decoding_settings)
     if not settings["do_sample"]:
         settings["top_k"] = 50  # `generate`'s default: it warns of any other without sampling
@@ -354,11 +353,9 @@ def highlight_accepted(
 
 def _inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> dict[str, torch.Tensor]:
     """Padded on the left, without a word to the tokenizer: not every one has a padding token."""
-    rows = [torch.tensor(tokenizer.encode(prompt, add_special_tokens=False)) for prompt in prompts]
-    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
-    filling = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    padded = {"input_ids": pad(rows, padding_value=filling), "attention_mask": pad([row > -1 for row in rows])}
-    return {name: tensor.long().to(model.device) for name, tensor in padded.items()}
+    texts = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
+    input_ids, attention_mask = left_padded(texts, tokenizer.pad_token_id or 0)
+    return {"input_ids": input_ids.to(model.device), "attention_mask": attention_mask.to(model.device)}
 
 
 def decode_batch(

@@ -198,9 +198,8 @@ def judge_decoding(
             output_hidden_states=kept.hidden_states is not None,
         )
         logits = outputs.logits[:, -k - 1 :].to(input_ids.device, torch.float32)
-        processed = processors(rows, room, candidate_ids, logits, drafter.lengths or room)
-
         lengths = [min(k, *limits) for limits in zip(room, drafter.lengths or room)]
+        processed = processors(rows, lengths, candidate_ids, logits)
         if generation_config.do_sample:
             verification = verify_sampled(candidate_ids, processed, assistant_logits, lengths)
         else:

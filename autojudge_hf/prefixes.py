@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 
 from .caches import rewindable_cache
 from .forward import Pass, cached_forward, vocab_size
+from .rows import left_padded
 
 
 if TYPE_CHECKING:
@@ -39,10 +40,9 @@ class Prefixes:
 
         The cache holds all columns but the last `num_last`, or more where a text has changed before these.
         """
-        columns = max(map(len, texts.values()))
+        input_ids, mask = left_padded(list(texts.values()))
+        columns = input_ids.shape[1]
         num_new = max(len(tokens) - self._num_shared(i, tokens, num_last) for i, tokens in texts.items())
-        input_ids = torch.tensor([[0] * (columns - len(tokens)) + tokens for tokens in texts.values()])
-        mask = torch.tensor([[0] * (columns - len(tokens)) + [1] * len(tokens) for tokens in texts.values()])
         cache = rewindable_cache(self.model)
         if columns > num_new:
             kept = [(self._cached[i][1], max(0, len(tokens) - num_new)) for i, tokens in texts.items()]

@@ -99,6 +99,13 @@ def _appended(x: torch.Tensor, blocks: list[list[int]], lacking: list[int]) -> t
     return torch.stack([row.roll(n) for row, n in zip(joined, lacking)])
 
 
+def left_padded(texts: Sequence[list[int]], filling: int = 0) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Token ids of shape `(b, n)`, filled up at the front, and their mask, 0 at the filling."""
+    missing = [max(map(len, texts)) - len(text) for text in texts]
+    input_ids = torch.tensor([[filling] * n + text for n, text in zip(missing, texts)])
+    return input_ids, torch.tensor([[0] * n + [1] * len(text) for n, text in zip(missing, texts)])
+
+
 class RowProcessors:
     """Logits processors for rows of different lengths: each row by itself, under its own number in the batch."""
 

@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from autojudge_hf import AutoJudge, JudgeConfig, judge_decoding
 from autojudge_hf.caches import kept_caches
+from autojudge_hf.evaluation import decode_batch
 
 
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "rope_theta": 500000.0, "num_key_value_heads": 8}
@@ -169,26 +170,20 @@ def run(model: PreTrainedModel, draft: PreTrainedModel, way: Way, args) -> dict[
     draft.generation_config.num_assistant_tokens = way.draft_length
     draft.generation_config.num_assistant_tokens_schedule = "constant"
     draft.generation_config.assistant_confidence_threshold = 0.0
-    forwards = []
-    hook = model.register_forward_pre_hook(lambda *_: forwards.append(1))
-    generate = functools.partial(
-        model.generate, inputs, do_sample=False, max_new_tokens=args.num_tokens, **way.arguments
-    )
-    first, _ = timed(args.device, generate)
-    hook.remove()
+    options = {"input_ids": inputs, "do_sample": False, "max_new_tokens": args.num_tokens, **way.arguments}
+    first, (_, forwards, decisions) = timed(args.device, functools.partial(decode_batch, model, options))
+    generate = functools.partial(model.generate, **options)
     timed(args.device, generate)
     if args.device != "cpu":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     runs = [timed(args.device, generate) for _ in range(args.rounds)]
-    output = runs[-1][1]
-    cycles = getattr(output, "num_target_forwards", None)
     # Ours counts cycles, of which the prefill isn't one; stock drafts from its first forward on.
     new = (args.num_tokens - 1) * way.batch_size
     return {
         "first": first,
         "seconds": statistics.median(seconds for seconds, _ in runs),
-        "tokens_per_cycle": args.num_tokens / len(forwards) if cycles is None else new / int(cycles.sum()),
+        "tokens_per_cycle": args.num_tokens / forwards[0] if decisions is None else new / sum(forwards),
         "peak": torch.cuda.max_memory_allocated() if args.device != "cpu" else 0,
     }
 

@@ -39,25 +39,17 @@ class Arguments:
 def main() -> None:
     (args,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses()
 
-    from datasets import load_dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from loading import load_pair, load_problems
 
     from autojudge_hf import AutoJudge, calibrate_threshold
     from autojudge_hf.tasks import GSM8K
 
     judge = AutoJudge.from_pretrained(args.judge)
-    if args.data_file is not None:
-        examples = load_dataset("json", data_files=args.data_file, split="train")
-    else:
-        examples = load_dataset(args.dataset_name, "main", split=args.split)
+    examples = load_problems(args)
     last = min(args.skip + args.max_examples, len(examples))
     if args.skip >= last:
         raise SystemExit(f"Expected problems behind the first {args.skip}, got {len(examples)} in all.")
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    model, assistant_model = (
-        AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype, device_map=args.device_map).eval()
-        for name in (args.model_name_or_path, args.assistant_model_name_or_path)
-    )
+    model, assistant_model, tokenizer = load_pair(args, args.device_map)
     rows = calibrate_threshold(
         model,
         assistant_model,

@@ -33,23 +33,15 @@ class Arguments:
 def main() -> None:
     (args,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses()
 
-    from datasets import load_dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from loading import load_pair, load_problems
 
     from autojudge_hf import AutoJudge
     from autojudge_hf.evaluation import highlight_accepted
     from autojudge_hf.tasks import GSM8K
 
     judge = AutoJudge.from_pretrained(args.judge)
-    if args.data_file is not None:
-        examples = load_dataset("json", data_files=args.data_file, split="train")
-    else:
-        examples = load_dataset(args.dataset_name, "main", split=args.split)
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    model, assistant_model = (
-        AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype, device_map=args.device_map).eval()
-        for name in (args.model_name_or_path, args.assistant_model_name_or_path)
-    )
+    examples = load_problems(args)
+    model, assistant_model, tokenizer = load_pair(args, args.device_map)
     task = GSM8K(num_fewshot=args.num_fewshot)
     for example in examples.select(range(min(args.max_examples, len(examples)))):
         prompt = task.prompt(example, tokenizer)

@@ -48,26 +48,18 @@ def main() -> None:
 
     import torch
     from accelerate import PartialState
-    from datasets import load_dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from loading import load_pair, load_problems
 
     from autojudge_hf import mine_mismatches
     from autojudge_hf.tasks import GSM8K
 
-    if args.data_file is not None:
-        examples = load_dataset("json", data_files=args.data_file, split="train")
-    else:
-        examples = load_dataset(args.dataset_name, "main", split=args.split)
+    examples = load_problems(args)
     if args.max_examples is not None:
         examples = examples.select(range(min(args.max_examples, len(examples))))
     # Several processes share the examples; each has both models, on a device of its own.
     state = PartialState(cpu=not torch.cuda.is_available())
     device_map = args.device_map if state.num_processes == 1 else {"": state.device}
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    model, assistant_model = (
-        AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype, device_map=device_map).eval()
-        for name in (args.model_name_or_path, args.assistant_model_name_or_path)
-    )
+    model, assistant_model, tokenizer = load_pair(args, device_map)
     folder = Path(args.output_dir)
     mined = mine_mismatches(
         model,
