@@ -85,9 +85,9 @@ class FixedCache(StaticCache):
         self.widths: Sequence[int] = ()
         #: The model, compiled or not, while a call has the cache.
         self.forward: Callable[..., Any] | None = None
-        #: A draft's step, compiled or not, and how; `None` where it isn't.
-        self.step: Callable[..., Any] | None = None
+        #: How the model is compiled; `None` where it isn't.
         self.compile_config: CompileConfig | None = None
+        self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
         self.is_taken, self.is_warm = False, False
 
     def begin(self, rows: int, n: int, attention_mask: torch.Tensor | None) -> None:
@@ -101,6 +101,22 @@ class FixedCache(StaticCache):
         self.mask[:, :end] = 1
         if attention_mask is not None:
             self.mask[:rows, : attention_mask.shape[1]] = attention_mask.to(self.mask.device)
+
+    def compile_with(self, compile_config: CompileConfig | None) -> None:
+        """Says how the model is compiled, in this call and in those that follow."""
+        if self.compile_config != compile_config:
+            self.compile_config, self._compiled = compile_config, {}
+
+    def compiled(self, function: Callable[..., Any], rows: int, n: int) -> Callable[..., Any]:
+        """What goes with forwards of `n` tokens in each of the rows, compiled as the model is.
+
+        As it stands where a forward would be filled up: it would be compiled for every number of rows and tokens.
+        """
+        if self.compile_config is None or rows < self.num_rows or n not in self.widths:
+            return function
+        if function not in self._compiled:
+            self._compiled[function] = torch.compile(function, **self.compile_config.to_dict())
+        return self._compiled[function]
 
     def is_prefill(self, n: int) -> bool:
         """Whether a forward of `n` tokens has a shape of its own."""
@@ -166,8 +182,7 @@ def take_fixed_cache(
             # What collects hidden states is installed by the first pass that asks for them, and can't be compiled.
             model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), output_hidden_states=True)
             cache.is_warm = True
-    if cache.compile_config != compile_config:
-        cache.compile_config, cache.step = compile_config, None
+    cache.compile_with(compile_config)
     return cache
 
 

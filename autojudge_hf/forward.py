@@ -171,14 +171,12 @@ def fixed_draft(
         cache.tokens[:rows, first] = logits[:, -1, :vocab_size].argmax(dim=-1)
     else:
         cache.tokens[:rows, cache.length : first] = tokens
-    if cache.step is None:
-        config = cache.compile_config
-        cache.step = _greedy_step if config is None else torch.compile(_greedy_step, **config.to_dict())
+    step = cache.compiled(_greedy_step, cache.num_rows, 1)
     cache.begin(rows, end - cache.length, attention_mask)
     inputs = _model_inputs(model, None, cache, 1)
     has_positions = "position_ids" in forward_parameters(model)
     for i in range(is_prefill, num_candidates):
-        cache.step(model, cache, inputs, has_positions, n if i == 0 else 1, vocab_size)
+        step(model, cache, inputs, has_positions, n if i == 0 else 1, vocab_size)
     cache.length = end
     return cache.tokens[:rows, first : end + 1].clone()
 

@@ -182,7 +182,8 @@ def judge_decoding(
             process = functools.partial(processors, rows, room) if any(processors.processors) else None
             sequence, assistant_logits = drafter.get_candidates(sequence, rows.attention_mask, longest_draft, process)
         drafted = draft_length.now(model.device)
-        candidate_ids = sequence[:, rows.input_ids.shape[1] :]
+        # A copy, since views are told apart by their strides, and compiled anew.
+        candidate_ids = sequence[:, rows.input_ids.shape[1] :].clone(memory_format=torch.contiguous_format)
         k = candidate_ids.shape[1]
 
         attention_mask = rows.attention_mask
@@ -208,19 +209,13 @@ def judge_decoding(
         is_harmless = None
         # Elsewhere it takes less time to ask than to see whether there is something to ask.
         if judges and k > 0 and not (input_ids.device.type == "cpu" and verification.matches.all()):
-            inputs = judge_inputs(
-                candidate_ids,
-                processed,
-                outputs.states[:, -k - 1 :] if reads_target else None,
-                drafter.states,
-                judge.config.state_position,
-                judge.config.logit_features,
-                assistant_logits,
-                judge.config.assistant_logit_features,
+            states = outputs.states[:, -k - 1 :] if reads_target else None
+            score = cache.compiled(_scores, *processed.shape[:2]) if isinstance(cache, FixedCache) else _scores
+            scores, their_sum = score(
+                judge, num_state_features, candidate_ids, processed, states, drafter.states, assistant_logits
             )
-            is_harmless = harmless(judge(inputs), threshold)
-            # Logit features of a candidate that processors forbid are infinite, and no cause for alarm.
-            sum_of_states += inputs.features[..., :num_state_features].sum()
+            is_harmless = harmless(scores, threshold)
+            sum_of_states += their_sum
 
         blocks, finished = [], []
         outcomes = verification.on_host(candidate_ids, is_harmless, lengths, stop.eos_token_ids)
@@ -268,6 +263,31 @@ def judge_decoding(
     # A batch's cache has lost the rows that finished first.
     reusable = {CACHE_NAME: cache} if len(input_ids) == 1 else {}
     return JudgeDecoderOnlyOutput(sequences, **kept.output(), **reusable, **totals)
+
+
+def _scores(
+    judge: Judge,
+    num_state_features: int,
+    candidate_ids: torch.LongTensor,
+    logits: torch.Tensor,
+    states: torch.Tensor | None,
+    assistant_states: torch.Tensor | None,
+    assistant_logits: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The judge's scores of shape `(b, k)`, and the sum of the states it reads, finite if all of them are."""
+    config = judge.config
+    inputs = judge_inputs(
+        candidate_ids,
+        logits,
+        states,
+        assistant_states,
+        config.state_position,
+        config.logit_features,
+        assistant_logits,
+        config.assistant_logit_features,
+    )
+    # Logit features of a candidate that processors forbid are infinite, and no cause for alarm.
+    return judge(inputs), inputs.features[..., :num_state_features].sum()
 
 
 def _fixed_or_growing(

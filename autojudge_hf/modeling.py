@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .configuration import JudgeConfig
-from .features import JudgeInputs, kl_divergence
+from .features import JudgeInputs, entropy, kl_divergence
 from .hub import commit_of, create_repo, find_file, push_folder
 from .model_card import JudgeCard, render_custom_generate
 from .plots import can_plot, plot_trade_off
@@ -270,9 +270,8 @@ class EntropyJudge(Judge):
 
     def forward(self, inputs: JudgeInputs) -> torch.Tensor:
         log_p = inputs.target_logits.log_softmax(dim=-1)
-        entropy = torch.special.entr(log_p.exp()).sum(dim=-1)
         candidate = log_p.gather(2, inputs.candidate_ids[..., None]).squeeze(2)
-        return _one_minus_exp(torch.maximum(candidate, 2 * (candidate + entropy)))
+        return _one_minus_exp(torch.maximum(candidate, 2 * (candidate + entropy(log_p))))
 
 
 class KLJudge(Judge):
