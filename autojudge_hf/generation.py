@@ -25,10 +25,10 @@ from .caches import (
 from .candidate_generator import JudgeCandidateGenerator, PromptLookup
 from .checks import check_supported, checked_draft_length, checked_judge, warn_once
 from .draft_length import draft_schedule
-from .features import judge_inputs
 from .forward import cached_forward, first_layers, max_positions
+from .judging import Judging
 from .rows import RowProcessors, Rows, StopRule
-from .verification import harmless, verify_greedy, verify_sampled
+from .verification import verify_greedy, verify_sampled
 
 
 if TYPE_CHECKING:
@@ -129,12 +129,9 @@ def judge_decoding(
     threshold = checked_judge(judge, judge_threshold, model, assistant_model, generation_config)
 
     is_static = generation_config.cache_implementation == "static"
-    judges = judge is not None and threshold > 0.0
-    circumstances = (judges and judge.judge_type, threshold, len(input_ids))
+    judging = Judging(judge, threshold, input_ids.device)
+    circumstances = (judging.judge and judge.judge_type, threshold, len(input_ids))
     draft_length = draft_schedule(num_assistant_tokens, model, own_assistant, generation_config, circumstances)
-    reads_target = judges and judge.reads_states and judge.config.hidden_size is not None
-    reads_assistant = judges and judge.reads_states and judge.config.assistant_hidden_size is not None
-    num_state_features = judge.config.num_state_features if judges else 0
     rows = Rows(input_ids, model_kwargs.get("attention_mask"))
     stop = StopRule(stopping_criteria, input_ids)
     processors = RowProcessors(logits_processor, len(input_ids))
@@ -162,13 +159,12 @@ def judge_decoding(
             draft_length.longest,
             do_sample=generation_config.do_sample,
             eos_token_ids=stop.eos_token_ids,
-            output_states=reads_assistant,
-            output_logits=judges and judge.reads_assistant_logits,
+            output_states=judging.reads_assistant,
+            output_logits=judging.reads_assistant_logits,
             cache=assistant_cache,
         )
     kept = _Kept(generation_config, len(input_ids))
     counts = [[0] * len(COUNTS) for _ in range(len(input_ids))]
-    sum_of_states = torch.zeros((), device=input_ids.device)
 
     prefill = True
     while rows.active:
@@ -195,7 +191,7 @@ def judge_decoding(
             cache,
             attention_mask,
             num_logits=k + 1,
-            output_states=reads_target and k > 0,
+            output_states=judging.reads_target and k > 0,
             output_hidden_states=kept.hidden_states is not None,
         )
         logits = outputs.logits[:, -k - 1 :].to(input_ids.device, torch.float32)
@@ -207,16 +203,8 @@ def judge_decoding(
             verification = verify_greedy(candidate_ids, processed)
 
         is_harmless = None
-        # Elsewhere it takes less time to ask than to see whether there is something to ask.
-        if judges and k > 0 and not (input_ids.device.type == "cpu" and verification.matches.all()):
-            states = outputs.states[:, -k - 1 :] if reads_target else None
-            score = cache.compiled(_scores, *processed.shape[:2]) if isinstance(cache, FixedCache) else _scores
-            scores, their_sum = score(
-                judge, num_state_features, candidate_ids, processed, states, drafter.states, assistant_logits
-            )
-            is_harmless = harmless(scores, threshold)
-            sum_of_states += their_sum
-
+        if judging.wants(verification.matches):
+            is_harmless = judging(candidate_ids, processed, outputs.states, drafter.states, assistant_logits, cache)
         blocks, finished = [], []
         outcomes = verification.on_host(candidate_ids, is_harmless, lengths, stop.eos_token_ids)
         for j, (block, judged, n) in enumerate(outcomes):
@@ -248,7 +236,7 @@ def judge_decoding(
 
     if streamer is not None:
         streamer.end()
-    if not sum_of_states.isfinite():
+    if not judging.saw_only_finite_states():
         warn_once("Hidden states with NaN or infinity: the judge rejects the candidates they belong to.")
     for part, used in ((model, cache), (assistant_model, assistant_cache)):
         if isinstance(used, FixedCache):
@@ -263,31 +251,6 @@ def judge_decoding(
     # A batch's cache has lost the rows that finished first.
     reusable = {CACHE_NAME: cache} if len(input_ids) == 1 else {}
     return JudgeDecoderOnlyOutput(sequences, **kept.output(), **reusable, **totals)
-
-
-def _scores(
-    judge: Judge,
-    num_state_features: int,
-    candidate_ids: torch.LongTensor,
-    logits: torch.Tensor,
-    states: torch.Tensor | None,
-    assistant_states: torch.Tensor | None,
-    assistant_logits: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The judge's scores of shape `(b, k)`, and the sum of the states it reads, finite if all of them are."""
-    config = judge.config
-    inputs = judge_inputs(
-        candidate_ids,
-        logits,
-        states,
-        assistant_states,
-        config.state_position,
-        config.logit_features,
-        assistant_logits,
-        config.assistant_logit_features,
-    )
-    # Logit features of a candidate that processors forbid are infinite, and no cause for alarm.
-    return judge(inputs), inputs.features[..., :num_state_features].sum()
 
 
 def _fixed_or_growing(

@@ -27,6 +27,7 @@ ORDER = [
     "modeling",
     "draft_length",
     "checks",
+    "judging",
     "candidate_generator",
     "rows",
     "generation",

@@ -234,7 +234,7 @@ def test_a_judge_of_another_pair_warns_with_both_names(random_pair, caplog):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_states_that_arent_finite_are_rejected_and_counted(random_pair, linear_judge, caplog, monkeypatch, value):
     model, assistant = random_pair
-    real = autojudge_hf.generation.judge_inputs
+    real = autojudge_hf.judging.judge_inputs
 
     def spoiled(*args):
         inputs = real(*args)
@@ -244,7 +244,7 @@ def test_states_that_arent_finite_are_rejected_and_counted(random_pair, linear_j
     options = {"do_sample": False, "max_new_tokens": 40, "judge": linear_judge, "return_dict_in_generate": True}
     options |= {"assistant_model": assistant, "num_assistant_tokens": 4, "judge_threshold": 0.999}
     assert model.generate(PROMPT, **options).num_judge_accepted > 0
-    monkeypatch.setattr(autojudge_hf.generation, "judge_inputs", spoiled)
+    monkeypatch.setattr(autojudge_hf.judging, "judge_inputs", spoiled)
     output, _ = warnings_of(caplog, lambda: model.generate(PROMPT, **options))
     model.generate(PROMPT, **options)
     messages = caplog.messages
@@ -257,7 +257,7 @@ def test_a_judge_is_asked_about_mismatches_only(random_pair, linear_judge, monke
     """On a CPU, where a question that nobody has costs time."""
     model, assistant = random_pair
     asked = []
-    monkeypatch.setattr(autojudge_hf.generation, "judge_inputs", lambda *args: asked.append(args[0]) or 1 / 0)
+    monkeypatch.setattr(autojudge_hf.judging, "judge_inputs", lambda *args: asked.append(args[0]) or 1 / 0)
     options = {"do_sample": False, "max_new_tokens": 40, "judge": linear_judge, "judge_threshold": 0.5}
     agreeing = model.generate(PROMPT, assistant_model=model, **options)
     assert torch.equal(agreeing, model.generate(PROMPT, do_sample=False, max_new_tokens=40)) and not asked

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asking a judge about the candidates of a cycle."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from .caches import FixedCache
+from .features import judge_inputs
+from .verification import harmless
+
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
+    from .modeling import Judge
+
+
+class Judging:
+    """A judge at a threshold, what it has to be shown, and whether that was finite.
+
+    Args:
+        judge (`Judge`, *optional*): `None` accepts no mismatch, and is never asked.
+        threshold (`float`): what scores below is harmless. At 0 nobody is asked either.
+        device (`torch.device`): of the candidates.
+
+    Attributes:
+        judge (`Judge`, *optional*): who is asked, or `None`.
+        reads_target, reads_assistant, reads_assistant_logits (`bool`): which states and logits have to be kept for it.
+    """
+
+    def __init__(self, judge: Judge | None, threshold: float, device: torch.device):
+        self.judge, self.threshold = judge if threshold > 0.0 else None, threshold
+        config = None if self.judge is None else self.judge.config
+        reads_states = config is not None and judge.reads_states
+        self.reads_target = reads_states and config.hidden_size is not None
+        self.reads_assistant = reads_states and config.assistant_hidden_size is not None
+        self.reads_assistant_logits = config is not None and judge.reads_assistant_logits
+        self._num_state_features = 0 if config is None else config.num_state_features
+        self._sum_of_states = torch.zeros((), device=device)
+
+    def wants(self, matches: torch.Tensor) -> bool:
+        """Whether to ask, given which candidates match, shape `(b, k)`."""
+        if self.judge is None or matches.shape[1] == 0:
+            return False
+        # Elsewhere it takes less time to ask than to see whether there is something to ask.
+        return matches.device.type != "cpu" or not matches.all()
+
+    def __call__(
+        self,
+        candidate_ids: torch.LongTensor,
+        logits: torch.Tensor,
+        states: torch.Tensor | None,
+        assistant_states: torch.Tensor | None,
+        assistant_logits: torch.Tensor | None,
+        cache: Cache,
+    ) -> torch.Tensor:
+        """Which candidates may stay even if they don't match, shape `(b, k)`.
+
+        Args:
+            candidate_ids, assistant_states, assistant_logits: see `judge_inputs`.
+            logits (`torch.FloatTensor` of shape `(b, k + 1, v)`): the target's, processed.
+            states (`torch.FloatTensor` of shape `(b, n, h)`, *optional*): the target's, of which the last k + 1 count.
+            cache (`Cache`): the target's. Where that is compiled, so is the judge.
+        """
+        rows, n = logits.shape[:2]
+        scores_of = cache.compiled(_scores, rows, n) if isinstance(cache, FixedCache) else _scores
+        states = None if states is None else states[:, -n:]
+        scores, total = scores_of(
+            self.judge, self._num_state_features, candidate_ids, logits, states, assistant_states, assistant_logits
+        )
+        self._sum_of_states += total
+        return harmless(scores, self.threshold)
+
+    def saw_only_finite_states(self) -> bool:
+        return bool(self._sum_of_states.isfinite())
+
+
+def _scores(
+    judge: Judge,
+    num_state_features: int,
+    candidate_ids: torch.LongTensor,
+    logits: torch.Tensor,
+    states: torch.Tensor | None,
+    assistant_states: torch.Tensor | None,
+    assistant_logits: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The judge's scores of shape `(b, k)`, and the sum of the states it reads, finite if all of them are."""
+    config = judge.config
+    inputs = judge_inputs(
+        candidate_ids,
+        logits,
+        states,
+        assistant_states,
+        config.state_position,
+        config.logit_features,
+        assistant_logits,
+        config.assistant_logit_features,
+    )
+    # Logit features of a candidate that processors forbid are infinite, and no cause for alarm.
+    return judge(inputs), inputs.features[..., :num_state_features].sum()
