@@ -143,7 +143,7 @@ class JudgeConfig:
             What decoding at each threshold gave, as `evaluation_summary` puts it: the card's table, plot and metadata.
 
     Raises:
-        ValueError: for a value outside its range or type, or an unknown field.
+        ValueError: for a value outside its range or type.
     """
 
     judge_type: str = "linear"

@@ -42,7 +42,7 @@ def push_mismatches_to_hub(
         `str`: the commit's address.
 
     Raises:
-        OSError: where the Hub refuses or can't be reached; the repository then stays as it was.
+        OSError: where the Hub refuses or can't be reached; the repository stays as it was, a new one empty.
         ValueError: for rows of several minings, or none; and where the Hub finds fault with the card.
     """
     pair = _pair(mined)

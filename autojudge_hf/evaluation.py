@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -122,7 +123,9 @@ def calibrate_threshold(
 
     From the lowest threshold on, for as long as a budget is kept with the confidence asked for; the last that keeps it
     is the budget's. Since the first that doesn't ends the walk, trying many thresholds makes none of them pass by luck
-    (fixed-sequence testing): in a share `confidence` of all samples of problems the true drop is within the budget.
+    (fixed-sequence testing): in about a share `confidence` of all samples of problems the true drop is within the
+    budget. About, since a bootstrap knows nothing of losses that it hasn't seen: with few problems it is too sure, and
+    a warning says how many it takes.
 
     Sets `judge.config.threshold` (the first budget's) and `judge.config.thresholds` (all of them, by name, for
     `generate(judge_threshold="5 points")`), and puts the curve into `judge.config.evaluation`.
@@ -151,6 +154,8 @@ def calibrate_threshold(
         raise ValueError("Expected at least one of `thresholds` to try, got none.")
     if not isinstance(max_drops, Mapping) or not max_drops or not all(isinstance(name, str) for name in max_drops):
         raise ValueError(f"`max_drops` must map names to budgets, such as {{'1 point': 0.01}}, got {max_drops!r}.")
+    if wrong := [v for v in max_drops.values() if not isinstance(v, (int, float)) or not 0.0 <= v < 1.0]:
+        raise ValueError(f"Budgets are shares of all examples, 0.01 for 1 point; got {wrong} in `max_drops`.")
     if not 0.5 <= confidence < 1.0:
         raise ValueError(f"`confidence` must be at least 0.5 and below 1, got {confidence!r}.")
     if not isinstance(dataset_name, str) or not dataset_name:
@@ -162,6 +167,10 @@ def calibrate_threshold(
             f"`lossless` must be the lossless row of these {len(dataset)} examples, got one of "
             f"{len(lossless['correct'])} at threshold {lossless['threshold']}."
         )
+    # With a drop of just the budget, so many may all keep their answers by bad luck.
+    needed = {name: math.log(1 - confidence) / math.log1p(-budget) for name, budget in max_drops.items() if budget}
+    if few := {name: math.ceil(n) for name, n in needed.items() if n > len(dataset)}:
+        logger.warning(f"{len(dataset)} examples are too few to be {confidence:.1%} sure of a budget: it takes {few}.")
     options = {"thresholds": thresholds, "num_assistant_tokens": num_assistant_tokens, "lossless": lossless}
     options |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     rows, kept, open_budgets = [], dict.fromkeys(max_drops, 0.0), set(max_drops)

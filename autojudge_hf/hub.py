@@ -122,8 +122,11 @@ def push_folder(
 
 
 def commit_of(path: Path) -> str | None:
-    """The commit that a file in the Hub's cache belongs to; `None` for other files."""
-    return path.parts[path.parts.index("snapshots") + 1] if "snapshots" in path.parts[:-1] else None
+    """The commit that a judge's file in the Hub's cache belongs to; `None` for other files."""
+    for repo, folder, commit in zip(path.parts, path.parts[1:], path.parts[2:-1]):
+        if repo.startswith("models--") and folder == "snapshots":
+            return commit
+    return None
 
 
 def _check_subfolder(subfolder: str) -> None:

@@ -120,7 +120,7 @@ class Judge(nn.Module):
             `str`: the commit's address.
 
         Raises:
-            OSError: where the Hub refuses or can't be reached; the repository then stays as it was.
+            OSError: where the Hub refuses or can't be reached; the repository stays as it was, a new one empty.
             ValueError: where it finds fault with the card, say an unknown licence; the same.
         """
         with tempfile.TemporaryDirectory() as name:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures, drawn by matplotlib (`pip install "autojudge_hf[plot]"`)."""
+"""Pictures, drawn by matplotlib (the extra `plot`)."""
 
 from __future__ import annotations
 

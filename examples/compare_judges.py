@@ -55,7 +55,7 @@ THRESHOLDS = {
     "margin": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.92, 0.95),
     "kl": (0.05, 0.15, 0.3, 0.6),
     "entropy": (0.5, 0.8, 0.92, 0.97),
-    # Up to rank 2, 3 and 5; 2, 4 and 10.
+    # Up to rank 2, 3 and 4; 2, 4 and 9.
     "top_k": (0.6, 0.7, 0.8),
     "rule": (0.6, 0.76, 0.9),
 }
@@ -258,6 +258,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(2)
     folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "judges")}
+    if (before := kept(folder / "settings.json", lambda: settings)) != settings:
+        parser.error(f"{folder} holds a run with {before}, got {settings}. Another --output_dir keeps them apart.")
     mined = mine_all(args.task, args.seed, args.num_mined, folder / "mined")
     for name in args.judges:
         if name in LEARNED and not (folder / "trained" / name).exists():

@@ -143,11 +143,24 @@ def test_threshold_is_the_last_before_the_first_that_costs_too_much(monkeypatch,
         ([right, right], {"confidence": 0.1}, "confidence"),
         ([right], {}, "at least one of `thresholds`"),
         ([right, right], {"max_drops": {0.01: 0.01}}, "`max_drops` must map names"),
+        ([right, right], {"max_drops": {"1 point": 1}}, "0.01 for 1 point; got .1."),
+        ([right, right], {"max_drops": {"1 point": "0.01"}}, "0.01 for 1 point; got .'0.01'."),
         ([right, right], {"dataset_name": None}, "`dataset_name`.*None"),
         ([right, right], {"lossless": of_others}, "lossless row of these 1000 examples, got one of 7"),
     ):
         with pytest.raises(ValueError, match=message):
             calibrated(monkeypatch, top_k, rows, **options)
+
+
+def test_too_few_problems_to_be_sure(monkeypatch, top_k, caplog):
+    """With a chance of more than 2.5 % none of 367 problems is lost, though one in a hundred should be."""
+    assert 0.99**368 < 0.025 < 0.99**367
+    for n, is_told in ((368, False), (367, True)):
+        caplog.clear()
+        calibrated(monkeypatch, top_k, [[True] * n] * 2, max_drops={"1 point": 0.01, "5 points": 0.05})
+        assert (
+            f"{n} examples are too few to be 97.5% sure of a budget: it takes {{'1 point': 368" in caplog.text
+        ) == is_told
 
 
 def test_a_local_file_calibrates_twice(monkeypatch, top_k, tmp_path):

@@ -185,12 +185,13 @@ print(tokens.tolist())
 def test_revisions_subfolders_and_caches(hub, client, tmp_path):
     repo = serve(hub, files=judge_files(threshold=0.1))
     repo.commit(judge_files(threshold=0.2), "second")
+    cache = tmp_path / "snapshots" / "cache"  # as a folder inside the cache is called
     pinned = repo.commits[0][0]
     output = client(
         f"""
     load = AutoJudge.from_pretrained
     print(load("user/judge").config.threshold, load("user/judge", revision={pinned!r}).config.threshold)
-    print(load("user/judge", revision="first", cache_dir={str(tmp_path / "cache")!r}).config.threshold)
+    print(load("user/judge", revision="first", cache_dir={str(cache)!r}).config.threshold)
     print(load("user/judge", revision={pinned!r}, local_files_only=True).config.threshold)
     attempt(load, "user/judge", revision="third")
     attempt(load, "user/judge", revision="first", cache_dir={str(tmp_path / "other")!r}, local_files_only=True)
@@ -204,7 +205,7 @@ def test_revisions_subfolders_and_caches(hub, client, tmp_path):
     assert lines[:3] == ["0.2 0.1", "0.1", "0.1"]
     assert "no such `revision`" in lines[3] and "isn't in the cache" in lines[4] and lines[5] == "True"
     assert "poems/config.json of 'user/judges': it has no such file" in lines[6]
-    assert (tmp_path / "cache").is_dir() and len(lines) == 7
+    assert cache.is_dir() and len(lines) == 7
     assert [commit[2] for commit in hub.repos["models", "user/judges"].commits[1:]] == ["Add gsm8k", "Add code"]
 
 

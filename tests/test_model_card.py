@@ -118,6 +118,13 @@ def test_thresholds_by_name_are_told(config):
     assert "| Thresholds by name | 1 point: 0.05, 5 points: 0.2 |" in card and "A name from the first table" in card
 
 
+def test_a_judge_mined_under_sampling_is_shown_with_it(config):
+    assert "greedy text" in JudgeCard(config, "judge").render()
+    config.decoding_settings["do_sample"] = True
+    card = JudgeCard(config, "judge").render()
+    assert card.count("do_sample=True") == 3 and "do_sample=False" not in card and "greedy text" not in card
+
+
 def test_collections_say_the_subfolder(config):
     card = JudgeCard(config, "user/judges", "gsm8k").render()
     assert 'from_pretrained("user/judges", subfolder="gsm8k")' in card

@@ -18,7 +18,7 @@ class Arguments:
     assistant_model_name_or_path: str = field(
         default="Qwen/Qwen2.5-0.5B-Instruct", metadata={"help": "The assistant."}
     )
-    dataset_name: str = field(default="openai/gsm8k", metadata={"help": "Dataset on the Hub."})
+    dataset_name: str = field(default="openai/gsm8k", metadata={"help": "Dataset on the Hub, its configuration main."})
     split: str = field(default="train", metadata={"help": "Its split. Never calibrate on what you test on."})
     data_file: str | None = field(default=None, metadata={"help": "Local JSONL file instead of the Hub's dataset."})
     skip: int = field(default=0, metadata={"help": "The first so many problems were mined, and are left out."})
@@ -60,6 +60,7 @@ def main() -> None:
         thresholds=args.thresholds,
         confidence=args.confidence,
         dataset_name=args.dataset_name if args.data_file is None else args.data_file,
+        split=args.split,
         num_assistant_tokens=args.num_assistant_tokens,
         max_new_tokens=args.max_new_tokens,
         batch_size=args.batch_size,

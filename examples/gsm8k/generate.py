@@ -18,7 +18,7 @@ class Arguments:
     assistant_model_name_or_path: str = field(
         default="Qwen/Qwen2.5-0.5B-Instruct", metadata={"help": "The assistant."}
     )
-    dataset_name: str = field(default="openai/gsm8k", metadata={"help": "Dataset on the Hub."})
+    dataset_name: str = field(default="openai/gsm8k", metadata={"help": "Dataset on the Hub, its configuration main."})
     split: str = field(default="test", metadata={"help": "Its split."})
     data_file: str | None = field(default=None, metadata={"help": "Local JSONL file instead of the Hub's dataset."})
     max_examples: int = field(default=3, metadata={"help": "Solve the first so many."})
