@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -163,7 +164,11 @@ def take_fixed_cache(
         return None
     length += max(widths)
     cache = kept_caches.pop(model, None)
-    if cache is None or cache.made_for != _circumstances(model, num_rows) or cache.max_length < length:
+    if cache is None or cache.made_for != _circumstances(model, num_rows):
+        cache = FixedCache(model, num_rows, -(-length // _GRANULARITY) * _GRANULARITY)
+    elif cache.max_length < length:
+        # Twice the room, since another size is compiled anew.
+        length = max(length, 2 * cache.max_length)
         cache = FixedCache(model, num_rows, -(-length // _GRANULARITY) * _GRANULARITY)
     cache.clear()
     cache.widths, cache.forward, cache.is_taken = widths, model, True
@@ -173,7 +178,9 @@ def take_fixed_cache(
         generation_config.compile_config = copy.copy(generation_config.compile_config)
         generation_config.compile_config._compile_all_devices = True
     compile_config = None
-    if model._valid_auto_compile_criteria({CACHE_NAME: cache}, generation_config):
+    # Before torch 2.13 CUDA graphs belong to one thread, and another's replays would overwrite what it reads.
+    is_safe = model.device.type != "cuda" or threading.current_thread() is threading.main_thread()
+    if is_safe and model._valid_auto_compile_criteria({CACHE_NAME: cache}, generation_config):
         compile_config = generation_config.compile_config or CompileConfig(dynamic=False)
         cache.forward = model.get_compiled_call(compile_config)
         limit = torch._dynamo.config.recompile_limit

@@ -277,9 +277,9 @@ class _Kept:
     def add(self, row: int, num_kept: int, scores: torch.Tensor, logits: torch.Tensor, states: Any, j: int) -> None:
         """What the first `num_kept` positions behind the last commit of active row j gave."""
         if self._scores is not None:
-            self._scores[row].append(scores[j, :num_kept])
+            self._scores[row].append(scores[j, :num_kept].clone())
         if self._logits is not None:
-            self._logits[row].append(logits[j, :num_kept])
+            self._logits[row].append(logits[j, :num_kept].clone())
         if self.hidden_states is not None:
             # The prompt's states all belong to the first token, as in stock `generate`.
             first = states[0].shape[1] if not self.hidden_states[row] else 1

@@ -33,6 +33,9 @@ class Judging:
 
     def __init__(self, judge: Judge | None, threshold: float, device: torch.device):
         self.judge, self.threshold = judge if threshold > 0.0 else None, threshold
+        # Once, or each question would wait for its weights. (Apple's GPUs can't hold a bias in double precision.)
+        if self.judge is not None and device.type != "mps":
+            self.judge.to(device)
         config = None if self.judge is None else self.judge.config
         reads_states = config is not None and judge.reads_states
         self.reads_target = reads_states and config.hidden_size is not None

@@ -90,7 +90,8 @@ def compute_features(
         # Each row's last two positions: the token before the candidate, and the candidate.
         seen = [_last_two_positions(its_model, example) for its_model in read]
         states = [torch.stack([row.states for row in passes]) for passes in seen]
-        logits = [torch.stack([row.logits for row in passes]).float() / temperature for passes in seen]
+        logits = [torch.stack([row.logits for row in passes]).to(model.device, torch.float32) for passes in seen]
+        logits = [of_model / temperature for of_model in logits]
         inputs = judge_inputs(
             torch.tensor([[row["candidate_token_id"]] for row in example], device=model.device),
             logits[0],

@@ -10,19 +10,35 @@ from transformers import (
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
     EosTokenCriteria,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
     LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
+    MinPLogitsWarper,
     PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
     SynthIDTextWatermarkLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
 
 WITH_STATE = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+OF_SCORES = (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    MinPLogitsWarper,
+    TypicalLogitsWarper,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+)
 WITH_PROMPTS = (EncoderNoRepeatNGramLogitsProcessor, EncoderRepetitionPenaltyLogitsProcessor)
 
 
@@ -118,6 +134,8 @@ class RowProcessors:
                 f"Judge decoding doesn't support the logits processors {sorted(refused)}: they remember tokens that "
                 "may be taken back, or the prompts of a whole batch."
             )
+        #: Those for all rows and positions at once, where none looks at the tokens before.
+        self.of_scores = processors if all(type(x) in OF_SCORES for x in processors) else None
         self.processors = [
             LogitsProcessorList(_numbered(processor, row) for processor in processors) for row in range(batch_size)
         ]
@@ -137,6 +155,8 @@ class RowProcessors:
         """
         if not any(self.processors):
             return logits
+        if self.of_scores is not None:
+            return self.of_scores(candidate_ids, logits.flatten(0, 1)).view_as(logits)
         n = logits.shape[1]
         limits = room if lengths is None else list(map(min, room, lengths))
         first = candidate_ids.shape[1] - n + 1

@@ -160,7 +160,8 @@ class SemiGreedySearch:
         if self.assistant_states or self.assistant_logit_features:
             seen = self._assistant.run(trials, num_last=2, output_states=True)
             states = seen.states[:, -2:] if self.assistant_states else None
-            assistant_logits = of_vocabulary(seen.logits[:, -2:-1].float(), vocab_size(self.model)) / temperature
+            logits = seen.logits[:, -2:-1].to(self.model.device, torch.float32)
+            assistant_logits = of_vocabulary(logits, vocab_size(self.model)) / temperature
         inputs = judge_inputs(
             torch.tensor([trial[-1:] for trial in trials.values()], device=self.model.device),
             outputs.logits[:, -2:].float() / temperature,

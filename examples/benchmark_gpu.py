@@ -8,8 +8,10 @@ Compute and memory traffic are those of the real pair. But what attention and ML
 only depends on the last: the target counts up, the draft skips a token at a chosen share of all tokens, and the judge
 knows by the mean of a hidden state which of these are harmless. The roofline is the time to read the weights
 that a cycle reads, at the bandwidth of a copy in the same run; keys, values and the prefill are left out of it, and so
-are in what a row loses. Every row starts with nothing compiled and nothing kept: its first call compiles. (Stock makes
-a new static cache for every call, and so records its graphs anew.)
+are in what a row loses. What a row writes is compared with what the target would, where that is promised, and graphs
+that were compiled and not captured are counted. Every row starts with nothing compiled and nothing kept: its first
+call compiles. (Stock makes a new static cache for every call, and so records its graphs anew.) Half an hour or so with
+all rows, by estimate; `--draft_lengths`, `--batch_sizes` and `--ways` choose some.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from autojudge_hf import AutoJudge, JudgeConfig, judge_decoding
@@ -160,8 +163,9 @@ def ways_to_decode(draft: PreTrainedModel, judge: AutoJudge, args) -> list[Way]:
 
 
 def run(model: PreTrainedModel, draft: PreTrainedModel, way: Way, args) -> dict[str, float]:
-    """Seconds of the first call, which compiles, and of the others; tokens, tokens per cycle, peak memory."""
+    """Seconds of the first call, which compiles, and of the others; tokens per cycle, peak memory; what is checked."""
     torch._dynamo.reset()
+    counters.clear()
     kept_caches.clear()
     gc.collect()
     # Token 0 would pass for padding.
@@ -171,7 +175,7 @@ def run(model: PreTrainedModel, draft: PreTrainedModel, way: Way, args) -> dict[
     draft.generation_config.num_assistant_tokens_schedule = "constant"
     draft.generation_config.assistant_confidence_threshold = 0.0
     options = {"input_ids": inputs, "do_sample": False, "max_new_tokens": args.num_tokens, **way.arguments}
-    first, (_, forwards, decisions) = timed(args.device, functools.partial(decode_batch, model, options))
+    first, (responses, forwards, decisions) = timed(args.device, functools.partial(decode_batch, model, options))
     generate = functools.partial(model.generate, **options)
     timed(args.device, generate)
     if args.device != "cpu":
@@ -180,7 +184,10 @@ def run(model: PreTrainedModel, draft: PreTrainedModel, way: Way, args) -> dict[
     runs = [timed(args.device, generate) for _ in range(args.rounds)]
     # Ours counts cycles, of which the prefill isn't one; stock drafts from its first forward on.
     new = (args.num_tokens - 1) * way.batch_size
+    counted_up = inputs[:, -1:] + 1 + torch.arange(args.num_tokens, device=args.device)
     return {
+        "is_right": responses == (counted_up % model.config.vocab_size).tolist(),
+        "graphs_missed": counters["inductor"]["cudagraph_skips"],
         "first": first,
         "seconds": statistics.median(seconds for seconds, _ in runs),
         "tokens_per_cycle": args.num_tokens / forwards[0] if decisions is None else new / sum(forwards),
@@ -229,6 +236,7 @@ def main() -> None:
     print(f"copies: {rate / 1e9:.0f} GB/s; weights: {read / 1e9:.2f} and {read_by_draft / 1e9:.2f} GB")
     print("roofline: tokens/s if a cycle took no longer than to read the weights\n")
     header = "decoding|draft length|batch|tokens per cycle|tokens/s|to roofline|first call, s|peak GB"
+    header += "|the target's tokens|graphs missed"
     print("| " + header.replace("|", " | ") + " |\n|" + " --- |" * (header.count("|") + 1))
     for way in ways_to_decode(draft, judge, args):
         if args.ways and not any(part in way.name for part in args.ways):
@@ -239,6 +247,7 @@ def main() -> None:
         roofline = way.batch_size * row["tokens_per_cycle"] / cycle
         cells = [way.name, way.draft_length or "", way.batch_size, f"{row['tokens_per_cycle']:.2f}", f"{speed:.0f}"]
         cells += [f"{speed / roofline:.2f}", f"{row['first']:.1f}", f"{row['peak'] / 1e9:.2f}"]
+        cells += ["" if "judged" in way.name else "yes" if row["is_right"] else "NO", row["graphs_missed"]]
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 

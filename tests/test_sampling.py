@@ -5,8 +5,31 @@ import pytest
 import reference
 import torch
 from conftest import PROMPT, random_llama, similar_model
+from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
 import autojudge_hf.generation
+from autojudge_hf.rows import RowProcessors, Rows
+
+
+OF_SCORES = (
+    lambda: TemperatureLogitsWarper(0.7),
+    lambda: TopKLogitsWarper(40),
+    lambda: TopPLogitsWarper(0.98),
+    lambda: MinPLogitsWarper(0.001),
+    lambda: TypicalLogitsWarper(0.97),
+    lambda: EpsilonLogitsWarper(1e-4),
+    lambda: EtaLogitsWarper(1e-4),
+)
 
 
 def test_seeded_sampling_repeats_and_differs_from_greedy(random_pair, linear_judge):
@@ -197,3 +220,20 @@ def test_plain_resampling_would_be_noticed(pair_of_eight, top_k, monkeypatch):
     expected = exact_distribution(model, drafted_by(assistant), SHORT, 0.0)
     options = {"assistant_model": assistant, "judge": top_k, "judge_threshold": 0.0}
     assert chi_square_p(sampled(model, SHORT, 4000, 5, **options), expected) < 1e-6
+
+
+@pytest.mark.parametrize("others", [[], [RepetitionPenaltyLogitsProcessor(1.3)]], ids=["scores alone", "tokens too"])
+def test_processors_see_each_row_and_position_by_itself(others):
+    """Those that only look at scores run once over all of them; the outcome is that of one position at a time."""
+    processors = LogitsProcessorList([*others, *(make() for make in OF_SCORES)])
+    rows = Rows(torch.tensor([[1, 2, 3], [4, 5, 6]]), None)
+    torch.manual_seed(0)
+    candidate_ids, logits = torch.randint(0, 50, (2, 4)), 3 * torch.randn(2, 5, 50)
+    expected = torch.stack(
+        [
+            torch.cat([processors(torch.cat([prompt, new[:i]])[None], of_row[i : i + 1]) for i in range(5)])
+            for prompt, new, of_row in zip(rows.prompts, candidate_ids, logits)
+        ]
+    )
+    processed = RowProcessors(processors, 2)(rows, [4, 4], candidate_ids, logits)
+    assert torch.equal(processed, expected) and processed.isinf().any() and not torch.equal(processed, logits)
