@@ -276,6 +276,7 @@ class _Kept:
 
     def add(self, row: int, num_kept: int, scores: torch.Tensor, logits: torch.Tensor, states: Any, j: int) -> None:
         """What the first `num_kept` positions behind the last commit of active row j gave."""
+        # Copies: a view would keep the whole block.
         if self._scores is not None:
             self._scores[row].append(scores[j, :num_kept].clone())
         if self._logits is not None:
