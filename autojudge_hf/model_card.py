@@ -116,6 +116,7 @@ class JudgeCard:
                 facts={plain(label): plain(value) for label, value in self.facts().items()},
                 curves=self.curves(),
                 config=self.config,
+                do_sample=self.config.decoding_settings["do_sample"],
                 is_learned=self.is_learned,
                 judge_id=plain(self.judge_id),
                 subfolder=plain(self.subfolder),
