@@ -164,11 +164,10 @@ def take_fixed_cache(
         return None
     length += max(widths)
     cache = kept_caches.pop(model, None)
-    if cache is None or cache.made_for != _circumstances(model, num_rows):
-        cache = FixedCache(model, num_rows, -(-length // _GRANULARITY) * _GRANULARITY)
-    elif cache.max_length < length:
-        # Twice the room, since another size is compiled anew.
-        length = max(length, 2 * cache.max_length)
+    fits = cache is not None and cache.made_for == _circumstances(model, num_rows)
+    if fits and cache.max_length < length:
+        fits, length = False, max(length, 2 * cache.max_length)  # since another size is compiled anew
+    if not fits:
         cache = FixedCache(model, num_rows, -(-length // _GRANULARITY) * _GRANULARITY)
     cache.clear()
     cache.widths, cache.forward, cache.is_taken = widths, model, True

@@ -178,8 +178,7 @@ def judge_decoding(
             process = functools.partial(processors, rows, room) if any(processors.processors) else None
             sequence, assistant_logits = drafter.get_candidates(sequence, rows.attention_mask, longest_draft, process)
         drafted = draft_length.now(model.device)
-        # A copy, since views are told apart by their strides, and compiled anew.
-        candidate_ids = sequence[:, rows.input_ids.shape[1] :].clone(memory_format=torch.contiguous_format)
+        candidate_ids = sequence[:, rows.input_ids.shape[1] :]
         k = candidate_ids.shape[1]
 
         attention_mask = rows.attention_mask

@@ -69,7 +69,11 @@ class Judging:
             cache (`Cache`): the target's. Where that is compiled, so is the judge.
         """
         rows, n = logits.shape[:2]
-        scores_of = cache.compiled(_scores, rows, n) if isinstance(cache, FixedCache) else _scores
+        scores_of = _scores
+        if isinstance(cache, FixedCache):
+            scores_of = cache.compiled(_scores, rows, n)
+            # A copy, since views are told apart by their strides, and compiled anew.
+            candidate_ids = candidate_ids.clone(memory_format=torch.contiguous_format)
         states = None if states is None else states[:, -n:]
         scores, total = scores_of(
             self.judge, self._num_state_features, candidate_ids, logits, states, assistant_states, assistant_logits
