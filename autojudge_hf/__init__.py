@@ -2,9 +2,10 @@
 """Judge decoding for Hugging Face models. Importing this teaches `generate` the argument `judge`."""
 
 from .adapter import install_judge_argument
+from .calibration import calibrate_threshold
 from .configuration import JudgeConfig
 from .dataset_card import push_mismatches_to_hub
-from .evaluation import calibrate_threshold, evaluate_judge, evaluation_summary
+from .evaluation import evaluate_judge, evaluation_summary
 from .generation import JudgeDecoderOnlyOutput, judge_decoding
 from .mined_features import compute_features, select_features
 from .mining import mine_mismatches

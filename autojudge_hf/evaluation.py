@@ -5,11 +5,8 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -18,7 +15,6 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from .checks import check_is_judge, checked_judge
-from .configuration import public_name
 from .forward import eos_token_ids
 from .generation import JudgeDecoderOnlyOutput, judge_decoding
 from .rows import left_padded
@@ -66,10 +62,10 @@ def evaluate_judge(
     """
     options = {"thresholds": thresholds, "num_assistant_tokens": num_assistant_tokens}
     options |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    return list(_rows(model, assistant_model, tokenizer, dataset, task, judge, **options))
+    return list(rows_one_by_one(model, assistant_model, tokenizer, dataset, task, judge, **options))
 
 
-def _rows(
+def rows_one_by_one(
     model: PreTrainedModel,
     assistant_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -82,7 +78,7 @@ def _rows(
     lossless: dict[str, Any] | None = None,
     **options: Any,
 ) -> Iterator[dict[str, Any]]:
-    """The rows of `evaluate_judge`, one after the other."""
+    """The rows of `evaluate_judge` as they are measured; the lossless one may be known already."""
     examples = list(dataset)
     check_is_judge(judge)
     settings = dict(judge.config.decoding_settings)
@@ -99,102 +95,6 @@ def _rows(
     for threshold in values:
         judged = {"judge": judge, "judge_threshold": threshold, "num_assistant_tokens": num_assistant_tokens}
         yield {"threshold": threshold, **measure(f"threshold {threshold:.3g}", **judged, **shared)}
-
-
-def calibrate_threshold(
-    model: PreTrainedModel,
-    assistant_model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Iterable[Mapping[str, Any]],
-    task: Task,
-    judge: Judge,
-    *,
-    thresholds: Sequence[float],
-    max_drops: Mapping[str, float] = MappingProxyType({"1 point": 0.01, "5 points": 0.05}),
-    confidence: float = 0.975,
-    lossless: dict[str, Any] | None = None,
-    dataset_name: str,
-    split: str = "validation",
-    num_assistant_tokens: int | None = None,
-    max_new_tokens: int,
-    batch_size: int = 1,
-) -> list[dict[str, Any]]:
-    """Chooses a judge's thresholds by the accuracy that they cost, measured by decoding.
-
-    From the lowest threshold on, for as long as a budget is kept with the confidence asked for; the last that keeps it
-    is the budget's. Since the first that doesn't ends the walk, trying many thresholds makes none of them pass by luck
-    (fixed-sequence testing): in about a share `confidence` of all samples of problems the true drop is within the
-    budget. About, since a bootstrap knows nothing of losses that it hasn't seen: with few problems it is too sure, and
-    a warning says how many it takes.
-
-    Sets `judge.config.threshold` (the first budget's) and `judge.config.thresholds` (all of them, by name, for
-    `generate(judge_threshold="5 points")`), and puts the curve into `judge.config.evaluation`.
-
-    Args:
-        model, assistant_model, tokenizer, dataset, task, judge: as in `evaluate_judge`. Neither the judge's training
-            examples nor those that its results will be reported on.
-        thresholds (`Sequence[float]`): values to try.
-        max_drops (`Mapping[str, float]`, *optional*): names and budgets, shares of all examples that may be lost.
-            Defaults to `"1 point"` and `"5 points"`.
-        confidence (`float`, *optional*, defaults to 0.975): of the drop's one-sided bound (paired bootstrap), the
-            upper end of a 95 % interval. Lower ones gain more and keep their promise less often.
-        lossless (`dict`, *optional*): the first row that an earlier call returned for these examples and this draft
-            length, where several judges are calibrated on them.
-        dataset_name, split (`str`): for `evaluation_summary`.
-        num_assistant_tokens, max_new_tokens, batch_size: as in `evaluate_judge`.
-
-    Returns:
-        `list[dict]`: the rows of `evaluate_judge` up to the threshold at which the last budget was missed.
-
-    Raises:
-        ValueError: before any decoding, as `evaluate_judge`.
-    """
-    thresholds = sorted(thresholds)
-    if not thresholds:
-        raise ValueError("Expected at least one of `thresholds` to try, got none.")
-    if not isinstance(max_drops, Mapping) or not max_drops or not all(isinstance(name, str) for name in max_drops):
-        raise ValueError(f"`max_drops` must map names to budgets, such as {{'1 point': 0.01}}, got {max_drops!r}.")
-    if wrong := [v for v in max_drops.values() if not isinstance(v, (int, float)) or not 0.0 <= v < 1.0]:
-        raise ValueError(f"Budgets are shares of all examples, 0.01 for 1 point; got {wrong} in `max_drops`.")
-    if not 0.5 <= confidence < 1.0:
-        raise ValueError(f"`confidence` must be at least 0.5 and below 1, got {confidence!r}.")
-    if not isinstance(dataset_name, str) or not dataset_name:
-        raise ValueError(f"`dataset_name` must be the dataset's name, for the judge's card, got {dataset_name!r}.")
-    dataset_name = public_name(dataset_name)
-    dataset = list(dataset)
-    if lossless is not None and (lossless["threshold"] is not None or len(lossless["correct"]) != len(dataset)):
-        raise ValueError(
-            f"`lossless` must be the lossless row of these {len(dataset)} examples, got one of "
-            f"{len(lossless['correct'])} at threshold {lossless['threshold']}."
-        )
-    # With a drop of just the budget, so many may all keep their answers by bad luck.
-    needed = {name: math.log(1 - confidence) / math.log1p(-budget) for name, budget in max_drops.items() if budget}
-    if few := {name: math.ceil(n) for name, n in needed.items() if n > len(dataset)}:
-        logger.warning(f"{len(dataset)} examples are too few to be {confidence:.1%} sure of a budget: it takes {few}.")
-    options = {"thresholds": thresholds, "num_assistant_tokens": num_assistant_tokens, "lossless": lossless}
-    options |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    rows, kept, open_budgets = [], dict.fromkeys(max_drops, 0.0), set(max_drops)
-    for row in _rows(model, assistant_model, tokenizer, dataset, task, judge, **options):
-        rows.append(row)
-        if row["threshold"] is None:
-            continue
-        # The upper end of a two-sided interval that leaves as much out on either side.
-        _, drop = paired_interval(rows[0]["correct"], row["correct"], confidence=2 * confidence - 1)
-        open_budgets = {name for name in open_budgets if drop <= max_drops[name]}
-        kept |= dict.fromkeys(open_budgets, row["threshold"])
-        if not open_budgets:
-            break
-    if unkept := [name for name, threshold in kept.items() if threshold == 0.0]:
-        logger.warning(
-            f"The lowest threshold tried, {min(thresholds)}, isn't sure to keep to {unkept}: there the judge accepts "
-            "nothing. Try lower ones, or more examples."
-        )
-    summary = evaluation_summary(rows, dataset=dataset_name, split=split, num_assistant_tokens=num_assistant_tokens)
-    others = [row for row in judge.config.evaluation if (row["dataset"], row["split"]) != (dataset_name, split)]
-    judge.config = replace(
-        judge.config, threshold=next(iter(kept.values())), thresholds=kept, evaluation=[*others, *summary]
-    )
-    return rows
 
 
 def measure_decoding(

@@ -117,6 +117,7 @@ class JudgeCard:
                 curves=self.curves(),
                 config=self.config,
                 do_sample=self.config.decoding_settings["do_sample"],
+                settings=told_settings(self.config.decoding_settings),
                 is_learned=self.is_learned,
                 judge_id=plain(self.judge_id),
                 subfolder=plain(self.subfolder),
@@ -143,6 +144,16 @@ def settings_text(decoding_settings: dict[str, Any]) -> str:
     """What differs from plain greedy decoding."""
     other = {name: value for name, value in decoding_settings.items() if value != GREEDY_SETTINGS.get(name)}
     return ", ".join(f"{name} {value}" for name, value in other.items()) or "greedy"
+
+
+def told_settings(decoding_settings: dict[str, Any]) -> dict[str, str]:
+    """What to pass to `generate`, whatever a model's own config says. Most that say something say these two."""
+    always = ("do_sample", "repetition_penalty")
+    return {
+        plain(name): plain(repr(value))
+        for name, value in decoding_settings.items()
+        if name in always or value != GREEDY_SETTINGS.get(name)
+    }
 
 
 def render_custom_generate(judge_id: str) -> dict[str, str]:

@@ -106,19 +106,16 @@ def calibrate(
     draft_length: int,
     confidence: float,
     max_drops: Mapping[str, float] = MAX_DROPS,
-) -> None:
+) -> list[dict]:
     """Runs in a process of its own: chooses the thresholds of the judge in `folder`, and saves it."""
     torch.set_num_threads(1)
     model, draft, tokenizer = load_pair()
-    path = folder / "calibrated" / name
-    if path.exists():
-        return
     if name in LEARNED:
         judge = AutoJudge.from_pretrained(folder / "trained" / name)
     else:
         symbols = symbol_token_ids(tokenizer) if name == "rule" else []
         judge = AutoJudge.from_config(JudgeConfig(judge_type=name, important_token_ids=symbols))
-    calibrate_threshold(
+    rows = calibrate_threshold(
         model,
         draft,
         tokenizer,
@@ -135,7 +132,8 @@ def calibrate(
         batch_size=BATCH_SIZE,
     )
     judge.config.evaluation = untimed(judge.config.evaluation)
-    judge.save_pretrained(path)
+    judge.save_pretrained(folder / "calibrated" / name)
+    return rows
 
 
 def test(point: tuple[str, float | None], task: str, problems: list[dict], folder: Path, draft_length: int) -> dict:
@@ -275,7 +273,8 @@ def main() -> None:
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         start = {"threshold": None, **lossless}
         known = {"lossless": start, "problems": validation, "confidence": args.confidence}
-        list(pool.map(partial(calibrate, **known, **shared), args.judges))
+        missing = [name for name in args.judges if not (folder / "calibrated" / name).exists()]
+        list(pool.map(partial(calibrate, **known, **shared), missing))
         judges = {name: AutoJudge.from_pretrained(folder / "calibrated" / name) for name in args.judges}
         ways: dict[tuple[str, float | None], Any] = {("lossless", None): None}
         for name, judge in judges.items():

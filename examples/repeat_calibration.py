@@ -29,6 +29,7 @@ from compare_judges import BATCH_SIZE, LEARNED, calibrate, kept, mine_all
 from measure_judge import decode, take
 
 from autojudge_hf import AutoJudge, JudgeTrainer, JudgeTrainingArguments, select_features
+from autojudge_hf.calibration import is_within_budget
 from autojudge_hf.evaluation import paired_interval
 
 
@@ -60,19 +61,29 @@ def fit(seed: int, rows: Path, folder: Path) -> None:
     trainer.save_model()
 
 
+def highest(rows: list[dict], confidence: float) -> float:
+    """The last threshold before the first that isn't sure to keep to the budget; 0 where none comes before."""
+    lossless, *judged = rows
+    sure = itertools.takewhile(
+        lambda row: is_within_budget(lossless["correct"], row["correct"], BUDGET["1 point"], confidence), judged
+    )
+    return max((row["threshold"] for row in sure), default=0.0)
+
+
 def choose(seed: int, args: argparse.Namespace) -> tuple[float, float]:
     """Runs in a process of its own: the thresholds that the judge of this seed chooses, at 90 % and at 97.5 %."""
     torch.set_num_threads(1)
-    folder = Path(args.output_dir) / f"seed-{seed}"
+    folder, n = Path(args.output_dir) / f"seed-{seed}", args.num_validation
     if not (folder / "trained" / NAME).exists():
         fit(seed, Path(args.output_dir) / "rows", folder / "trained" / NAME)
-    validation = take(args.task, "validation", seed, args.num_validation)
-    baseline = lossless(("validation", seed, args.num_validation), args)
-    calibrate(NAME, baseline, args.task, validation, folder, args.draft_length, confidence=0.9, max_drops=BUDGET)
-    config = AutoJudge.from_pretrained(folder / "calibrated" / NAME).config
-    # The curve has 95 % intervals, whose upper ends hold to 97.5 %. It goes on until 90 % fails, and that is later.
-    sure = itertools.takewhile(lambda row: row["drop_high"] <= BUDGET["1 point"], config.evaluation)
-    return config.threshold, list(sure)[-1]["threshold"] or 0.0
+
+    def calibrated() -> list[float]:
+        baseline, problems = lossless(("validation", seed, n), args), take(args.task, "validation", seed, n)
+        options = {"confidence": 0.9, "max_drops": BUDGET}
+        rows = calibrate(NAME, baseline, args.task, problems, folder, args.draft_length, **options)
+        return [highest(rows, 0.9), highest(rows, 0.975)]
+
+    return tuple(kept(folder / "thresholds.json", calibrated))
 
 
 def judged(point: tuple[int, float, Problems], args: argparse.Namespace) -> dict:

@@ -10,8 +10,7 @@ import reference
 import torch
 from conftest import random_llama, similar_model
 
-import autojudge_hf.evaluation
-from autojudge_hf import AutoJudge, JudgeConfig, calibrate_threshold, evaluate_judge
+from autojudge_hf import AutoJudge, JudgeConfig, evaluate_judge
 from autojudge_hf.evaluation import highlight_accepted, measure_decoding, paired_interval
 from autojudge_hf.tasks import Task
 
@@ -39,11 +38,6 @@ OPTIONS = {"num_assistant_tokens": 4, "max_new_tokens": 24}
 def pair():
     model = random_llama(vocab_size=1024, eos_token_id=1)
     return model, similar_model(model)
-
-
-@pytest.fixture
-def top_k():
-    return AutoJudge.from_config(JudgeConfig(judge_type="top_k"))
 
 
 def test_rows_equal_a_literal_count(pair, tokenizer, top_k):
@@ -104,85 +98,6 @@ def test_a_batch_is_graded_example_by_example(pair, tokenizer, top_k):
     for alone, batched in zip(measure(batch_size=1), measure(batch_size=2)):
         for name in ("texts", "correct", "num_tokens", "num_target_forwards", "mismatches_accepted", "accuracy"):
             assert alone[name] == batched[name]
-
-
-def calibrated(monkeypatch, judge, correct, **options):
-    """`calibrate_threshold` on made-up results: a list of bools, lossless, then for each threshold, 0.1 first."""
-
-    def rows(*args, thresholds, **kwargs):
-        for threshold, row in zip([None, *thresholds], correct):
-            figures = {"tokens_per_cycle": 5.0, "tokens_per_second": 9.0, "mean_response_length": 7.0}
-            yield {"threshold": threshold, "accuracy": float(np.mean(row)), "correct": row, **figures}
-
-    monkeypatch.setattr(autojudge_hf.evaluation, "_rows", rows)
-    thresholds = [0.1 * n for n in range(1, len(correct))]
-    options = {"dataset_name": "made-up", "max_new_tokens": 8, **options}
-    examples = [None] * len(correct[0])
-    return calibrate_threshold(None, None, None, examples, None, judge, thresholds=thresholds, **options)
-
-
-def test_threshold_is_the_last_before_the_first_that_costs_too_much(monkeypatch, top_k, caplog):
-    right = [True] * 1000
-    costs = [0, 0, 10, 30, 0, 200, 0]  # per mille, of which 30 is above the first budget, and 200 above both
-    correct = [[False] * n + right[n:] for n in costs]
-    top_k.config.evaluation = []
-    rows = calibrated(monkeypatch, top_k, correct, max_drops={"cheap": 0.02, "dear": 0.1})
-    assert len(rows) == 6  # the last threshold isn't measured any more
-    assert top_k.config.thresholds == pytest.approx({"cheap": 0.2, "dear": 0.4})
-    assert top_k.config.threshold == pytest.approx(0.2)
-    curve = top_k.config.evaluation
-    assert [row["drop"] for row in curve] == pytest.approx([n / 1000 for n in costs[:6]])
-    assert {row["split"] for row in curve} == {"validation"}
-    # Once more, on fewer problems: the curve is replaced, and what can't be kept is said.
-    calibrated(monkeypatch, top_k, [right[:50], [False] * 9 + right[:41]], max_drops={"cheap": 0.02})
-    assert top_k.config.thresholds == {"cheap": 0.0} and len(top_k.config.evaluation) == 2
-    assert "isn't sure to keep to ['cheap']" in caplog.text
-    # What would go wrong at the end is told at the beginning.
-    of_others = {"threshold": None, "correct": right[:7]}
-    for rows, options, message in (
-        ([right, right], {"confidence": 0.1}, "confidence"),
-        ([right], {}, "at least one of `thresholds`"),
-        ([right, right], {"max_drops": {0.01: 0.01}}, "`max_drops` must map names"),
-        ([right, right], {"max_drops": {"1 point": 1}}, "0.01 for 1 point; got .1."),
-        ([right, right], {"max_drops": {"1 point": "0.01"}}, "0.01 for 1 point; got .'0.01'."),
-        ([right, right], {"dataset_name": None}, "`dataset_name`.*None"),
-        ([right, right], {"lossless": of_others}, "lossless row of these 1000 examples, got one of 7"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            calibrated(monkeypatch, top_k, rows, **options)
-
-
-def test_too_few_problems_to_be_sure(monkeypatch, top_k, caplog):
-    """With a chance of more than 2.5 % none of 367 problems is lost, though one in a hundred should be."""
-    assert 0.99**368 < 0.025 < 0.99**367
-    for n, is_told in ((368, False), (367, True)):
-        caplog.clear()
-        calibrated(monkeypatch, top_k, [[True] * n] * 2, max_drops={"1 point": 0.01, "5 points": 0.05})
-        assert (
-            f"{n} examples are too few to be 97.5% sure of a budget: it takes {{'1 point': 368" in caplog.text
-        ) == is_told
-
-
-def test_a_local_file_calibrates_twice(monkeypatch, top_k, tmp_path):
-    """Its folder is written nowhere, and the second curve takes the place of the first."""
-    for _ in range(2):
-        calibrated(monkeypatch, top_k, [[True] * 9, [True] * 9], dataset_name=str(tmp_path / "problems.jsonl"))
-        top_k.save_pretrained(tmp_path / "judge")
-    assert {row["dataset"] for row in top_k.config.evaluation} == {"problems.jsonl"}
-    assert str(tmp_path) not in (tmp_path / "judge" / "config.json").read_text()
-
-
-def test_the_budget_is_kept_as_often_as_promised(monkeypatch, top_k):
-    """Eight thresholds, all of which cost exactly a little more than the budget: few samples may let one pass."""
-    rng = np.random.default_rng(1)
-    passed = 0
-    for _ in range(200):
-        lossless = rng.random(500) < 0.9
-        # A mismatch that is accepted spoils an answer, or mends one.
-        correct = [np.where(rng.random(500) < 0.1, rng.random(500) < 0.395, lossless) for _ in range(8)]
-        calibrated(monkeypatch, top_k, [lossless, *correct], max_drops={"5 points": 0.05}, confidence=0.9)
-        passed += top_k.config.threshold > 0
-    assert 5 <= passed <= 32  # a tenth of 200, give or take three standard deviations
 
 
 def test_refused_before_any_forward(pair, tokenizer, top_k):

@@ -40,6 +40,7 @@ ORDER = [
     "search",
     "mining",
     "evaluation",
+    "calibration",
     "training_args",
     "fitting",
     "trainer",
