@@ -8,6 +8,7 @@ from a wheel, built once and installed outside the checkout.
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -358,6 +359,31 @@ def test_mined_datasets_have_cards(hub, client):
     assert repo.private and len(repo.commits) == 2 and len(hub.repos) == 1
     card = DatasetCard(repo.commits[-1][1]["README.md"][0].decode())
     assert card.data.license == "mit" and 'load_dataset("user/mined"' in card.text
+
+
+@pytest.mark.slow
+def test_the_readme_shares_a_judge(hub, client, judge, mined, tmp_path):
+    """In its own words, with a judge of the embedded pair."""
+    judge.save_pretrained(tmp_path / "judge")
+    mined.save_to_disk(tmp_path / "mined")
+    blocks = re.findall(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.S)
+    (block,) = (block for block in blocks if "push_to_hub(" in block)
+    code = f"""
+from conftest import PAIR, load, read_jsonl
+from datasets import load_from_disk
+from transformers import AutoTokenizer
+torch.set_num_threads(1)
+model, draft, tokenizer = load("target"), load("draft"), AutoTokenizer.from_pretrained(PAIR / "target")
+problems = read_jsonl(PAIR / "gsm8k_test.jsonl")
+validation_problems, test_problems = problems[:2], problems[2:4]
+judge, mined = AutoJudge.from_pretrained("judge"), load_from_disk("mined")
+{block}
+pushed = AutoJudge.from_pretrained("user/judge")
+print(pushed.config == judge.config, sorted({{row["split"] for row in pushed.config.evaluation}}))
+print(torch.equal(AutoJudge.from_pretrained("user/judges", subfolder="gsm8k").weight, judge.weight))
+"""
+    assert client(code).splitlines() == ["True ['test', 'validation']", "True"]
+    assert {name for _, name in hub.repos} == {"user/judge", "user/judges", "user/mined"}
 
 
 def test_cards_are_validated(hub, client):
