@@ -71,7 +71,8 @@ def calibrate_threshold(
         `list[dict]`: the rows of `evaluate_judge` up to the threshold at which the last budget was missed.
 
     Raises:
-        ValueError: before any decoding, as `evaluate_judge`.
+        ValueError: before any decoding, as `evaluate_judge`; and after the lossless row where that has so few answers
+            right that a budget can't be exceeded.
     """
     thresholds = sorted(thresholds)
     if not thresholds:
@@ -82,8 +83,9 @@ def calibrate_threshold(
         raise ValueError(f"Budgets are shares of all examples, 0.01 for 1 point; got {wrong} in `max_drops`.")
     if not 0.5 <= confidence < 1.0:
         raise ValueError(f"`confidence` must be at least 0.5 and below 1, got {confidence!r}.")
-    if not isinstance(dataset_name, str) or not dataset_name:
-        raise ValueError(f"`dataset_name` must be the dataset's name, for the judge's card, got {dataset_name!r}.")
+    for name, value in (("dataset_name", dataset_name), ("split", split)):
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"`{name}` must be a name, for the judge's card, got {value!r:.50}.")
     dataset_name = public_name(dataset_name)
     dataset = list(dataset)
     if lossless is not None and (lossless["threshold"] is not None or len(lossless["correct"]) != len(dataset)):
@@ -102,6 +104,7 @@ def calibrate_threshold(
     for row in rows_one_by_one(model, assistant_model, tokenizer, dataset, task, judge, **options):
         rows.append(row)
         if row["threshold"] is None:
+            _check_there_is_something_to_lose(row["accuracy"], max_drops)
             continue
         pair = rows[0]["correct"], row["correct"]
         open_budgets = {name for name in open_budgets if is_within_budget(*pair, max_drops[name], confidence)}
@@ -119,6 +122,16 @@ def calibrate_threshold(
         judge.config, threshold=next(iter(kept.values())), thresholds=kept, evaluation=[*others, *summary]
     )
     return rows
+
+
+def _check_there_is_something_to_lose(accuracy: float, max_drops: Mapping[str, float]) -> None:
+    """Whatever a judge does, no more answers can be lost than were right."""
+    if meaningless := {name: budget for name, budget in max_drops.items() if budget >= accuracy}:
+        raise ValueError(
+            f"Lossless decoding gets {accuracy:.1%} of the answers right, and so nothing can cost more than "
+            f"{meaningless}. Expected a target that solves such problems: see whether `max_new_tokens` cuts its "
+            "answers off, and whether the task finds them (`evaluate_judge` returns the texts); or give less."
+        )
 
 
 def is_within_budget(

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from .caches import CACHE_NAME, other_layers
 from .configuration import checked_threshold, decoding_settings, public_name
 from .draft_length import ADAPTIVE, DEFAULT_DRAFT_LENGTH
-from .forward import forward_parameters, hidden_size, last_short_position, positions_of, vocab_size
+from .forward import forward_parameters, hidden_size, positions_of, vocab_size
 from .modeling import Judge
 
 
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 LARGEST_PADDING = 1024
 # These reckon positions from the mask, or from distances alone.
 ALIBI = ("bloom", "mpt")
+# XLM and CPM-Ant add tokens that nobody passes; Moshi forgets what leaves its window, and its mask doesn't say so.
+UNLIKE_THEIR_TEXT = ("xlm", "flaubert", "cpmant", "moshi")
 
 
 def checked_draft_length(
@@ -107,11 +109,17 @@ def checked_judge(
                 f"have {hidden_size(part)}. It was made for {config.base_model_name_or_path} with "
                 f"{config.assistant_model_name_or_path}: use that pair, or train a judge for this one."
             )
-    threshold = config.threshold
     if isinstance(judge_threshold, str):
         threshold = config.threshold_named(judge_threshold)
     elif judge_threshold is not None:
         threshold = checked_threshold(judge_threshold, "judge_threshold")
+    else:
+        threshold = checked_threshold(config.threshold, "judge.config.threshold")
+    if unknown := [token for token in config.important_token_ids if token >= vocab_size(model)]:
+        raise ValueError(
+            f"`important_token_ids` of the judge has {unknown[:5]}, which aren't among the target's "
+            f"{vocab_size(model)} tokens. Take them from its tokenizer: `symbol_token_ids(tokenizer)`."
+        )
     if threshold > 0.0 and judge.reads_states:
         _warn_of_another_pair(judge, model, assistant_model)
         _warn_of_other_settings(judge, generation_config)
@@ -191,9 +199,10 @@ def check_supported(
         "a cache with the new tokens alone (pass the whole text, what is cached included)": lacks_text,
         "`position_ids` of your own": not lacks_text
         and _has_own_positions(input_ids, mask, model_kwargs.get("position_ids")),
-        "texts that grow past the length at which LongRoPE changes every token": _outgrows_longrope(
+        "texts that grow past the length at which RoPE changes (LongRoPE, dynamic NTK)": _outgrows_rope(
             model, input_ids, mask, config
         ),
+        "models whose forward isn't of the text alone": any(m.config.model_type in UNLIKE_THEIR_TEXT for m in models),
         "batches of models whose `forward` takes no `position_ids`": len(input_ids) > 1
         and not all("position_ids" in forward_parameters(m) or m.config.model_type in ALIBI for m in models),
         "streamers with several prompts": len(input_ids) > 1 and streamer is not None,
@@ -248,13 +257,19 @@ def _lacks_text(input_ids: torch.Tensor, mask: torch.Tensor | None, cache: Any) 
     return cache.get_seq_length() >= length or (mask is not None and mask.shape[1] != length)
 
 
-def _outgrows_longrope(
-    model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor | None, config: GenerationConfig
+def _outgrows_rope(
+    model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor | None, generation_config: GenerationConfig
 ) -> bool:
-    """There a plain `generate` begins anew without its cache."""
-    limit = last_short_position(model)
-    if limit is None or config.max_length is None:
+    config = model.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in ("longrope", "dynamic") or generation_config.max_length is None:
         return False
     columns = input_ids.shape[1]
     shortest, longest = (columns, columns) if mask is None else (int(mask.sum(1).min()), int(mask.sum(1).max()))
-    return shortest <= limit < longest + config.max_length - columns
+    longest += generation_config.max_length - columns
+    if rope["rope_type"] == "dynamic":
+        # From there on every length has rotations of its own, and a batch those of its longest row.
+        return len(input_ids) > 1 and longest > config.max_position_embeddings
+    limit = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+    # There they change once, and a plain `generate` begins anew without its cache.
+    return shortest <= limit < longest

@@ -119,9 +119,9 @@ class JudgeConfig:
             Whether it reads the assistant's log-probability of the candidate and the KL divergence of the models' two
             distributions (nats), too. Costs another softmax, and keeps the logits of the draft.
         intermediate_size (`int`, *optional*):
-            Hidden units of an `"mlp"` judge (32 by default); `None` for any other.
+            Hidden units of an `"mlp"` judge (32 by default); not for any other.
         important_token_ids (`list[int]`, *optional*):
-            Tokens that a `"rule"` judge never gives up or lets in.
+            Tokens that a `"rule"` judge never gives up or lets in; not for any other.
         threshold (`float`, *optional*):
             A mismatch is accepted when its importance score, in [0, 1], is below. What a score means, the judge's
             class says. Defaults to 0.5 (linear, mlp, kl), 0.6 (top_k, rule), 0.9 (margin) or 0.91 (entropy).
@@ -184,6 +184,11 @@ class JudgeConfig:
         ids = self.important_token_ids
         if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
             raise ValueError(f"`important_token_ids` must be a list of token ids, got {ids!r:.100}.")
+        for name, owner in (("intermediate_size", "mlp"), ("important_token_ids", "rule")):
+            if getattr(self, name) and self.judge_type != owner:
+                raise ValueError(
+                    f"`{name}` is for {owner!r} judges, and a {self.judge_type!r:.50} one would ignore it."
+                )
         if self.state_position not in STATE_POSITIONS:
             raise ValueError(
                 f"`state_position` must be one of {list(STATE_POSITIONS)}, got {self.state_position!r:.50}."

@@ -18,7 +18,7 @@ from .checks import check_is_judge, checked_judge
 from .forward import eos_token_ids
 from .generation import JudgeDecoderOnlyOutput, judge_decoding
 from .rows import left_padded
-from .tasks import Task
+from .tasks.task import Task, checked_examples
 
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def rows_one_by_one(
     **options: Any,
 ) -> Iterator[dict[str, Any]]:
     """The rows of `evaluate_judge` as they are measured; the lossless one may be known already."""
-    examples = list(dataset)
+    examples = checked_examples(dataset, task)
     check_is_judge(judge)
     settings = dict(judge.config.decoding_settings)
     if not settings["do_sample"]:
@@ -153,16 +153,13 @@ def measure_decoding(
             texts[i] = tokenizer.decode(response, skip_special_tokens=True)
         if is_counted:
             accepted, rejected = accepted + decisions[0], rejected + decisions[1]
-    answers = task.answers_or_errors(examples, texts)
-    if failed := [error for error in answers if isinstance(error, Exception)]:
+    verdicts = _graded(task, examples, texts)
+    if failed := [error for error in verdicts if isinstance(error, Exception)]:
         logger.warning(
             f"{description}: the task failed on {len(failed)} of {len(examples)} examples, which count as wrong: "
             f"{type(failed[0]).__name__}: {failed[0]}"
         )
-    correct = [
-        task.is_correct(example, None if isinstance(answer, Exception) else answer)
-        for example, answer in zip(examples, answers)
-    ]
+    correct = [verdict is True for verdict in verdicts]
     all_tokens = sum(num_tokens) + is_counted * len(examples)
     return {
         "accuracy": float(np.mean(correct)),
@@ -175,6 +172,17 @@ def measure_decoding(
         "num_tokens": num_tokens,
         "num_target_forwards": num_forwards,
     }
+
+
+def _graded(task: Task, examples: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[bool | Exception]:
+    """Whether each response is right; where the task fails on one, its error."""
+    verdicts: list[bool | Exception] = []
+    for example, answer in zip(examples, task.answers_or_errors(examples, texts)):
+        try:
+            verdicts.append(answer if isinstance(answer, Exception) else bool(task.is_correct(example, answer)))
+        except Exception as error:  # a user's code, which may raise anything
+            verdicts.append(error)
+    return verdicts
 
 
 def evaluation_summary(
@@ -196,6 +204,9 @@ def evaluation_summary(
         interval (`drop_low`, `drop_high`), `tokens_per_cycle`, `speedup` (tokens per second to lossless),
         `mean_response_length` (tokens), and what the arguments say.
     """
+    for name, value in (("dataset", dataset), ("split", split)):
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"`{name}` must be its name, for the judge's card, got {value!r:.50}.")
     lossless = rows[0]
     if lossless["threshold"] is not None:
         raise ValueError(f"The first row must be the lossless one, got that of threshold {lossless['threshold']}.")

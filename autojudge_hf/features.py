@@ -109,7 +109,13 @@ def assistant_logit_features(
 
 
 def kl_divergence(target_logits: torch.Tensor, assistant_logits: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) in nats over the tokens that both could write, p the target's distribution: `(..., v)` to `(...)`."""
+    """KL(p || q) in nats, p the target's distribution: `(..., v)` to `(...)`.
+
+    Over the tokens that both could write, less the logarithm of p's share of them: what the assistant lacks counts,
+    and a little of it, as in the padding of a vocabulary, counts little.
+    """
     log_p, log_q = target_logits.log_softmax(dim=-1), assistant_logits.log_softmax(dim=-1)
     both = log_p.isfinite() & log_q.isfinite()
-    return torch.where(both, log_p.exp() * (log_p - log_q), 0.0).sum(dim=-1)
+    log_share = torch.where(both, log_p, -torch.inf).logsumexp(dim=-1)
+    log_p = log_p - log_share[..., None]
+    return torch.where(both, log_p.exp() * (log_p - log_q), 0.0).sum(dim=-1) - log_share

@@ -227,10 +227,12 @@ def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     early = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     children = early.base_model._modules
     lists = [name for name, x in children.items() if isinstance(x, torch.nn.ModuleList) and len(x) == total]
-    if len(lists) != 1 or not isinstance(num_layers, int) or not 1 <= num_layers < total:
+    # Gemma 3n's embeddings have a part for each layer.
+    has_parts = bool(getattr(early.config.get_text_config(decoder=True), "hidden_size_per_layer_input", None))
+    if has_parts or len(lists) != 1 or not isinstance(num_layers, int) or not 1 <= num_layers < total:
         raise ValueError(
             f"`assistant_early_exit` must be a number of layers from 1 to {total - 1} of a model with one list of "
-            f"layers, got {num_layers!r} for a {type(model).__name__} with {len(lists)}."
+            f"layers, and no embeddings of their own, got {num_layers!r} for a {type(model).__name__}."
         )
     children[lists[0]] = children[lists[0]][:num_layers]
     early.config.get_text_config(decoder=True).num_hidden_layers = num_layers
@@ -242,15 +244,6 @@ def max_positions(model: PreTrainedModel) -> int | None:
     config = model.config.get_text_config(decoder=True)
     # MPT's has another name.
     return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
-
-
-def last_short_position(model: PreTrainedModel) -> int | None:
-    """How long a text may be before every token's rotation changes (LongRoPE); `None` for other models."""
-    config = model.config.get_text_config(decoder=True)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") != "longrope":
-        return None
-    return rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
 
 
 def vocab_size(model: PreTrainedModel) -> int:

@@ -134,7 +134,7 @@ def judge_decoding(
     draft_length = draft_schedule(num_assistant_tokens, model, own_assistant, generation_config, circumstances)
     rows = Rows(input_ids, model_kwargs.get("attention_mask"))
     stop = StopRule(stopping_criteria, input_ids)
-    processors = RowProcessors(logits_processor, len(input_ids))
+    processors = RowProcessors(logits_processor, len(input_ids), stop.eos_token_ids)
     limits = [max_positions(m) for m in (model, assistant_model) if m is not None]
     max_length = min((limit for limit in limits if limit), default=math.inf)
     cache, assistant_cache = model_kwargs[CACHE_NAME], None
@@ -207,7 +207,7 @@ def judge_decoding(
         blocks, finished = [], []
         outcomes = verification.on_host(candidate_ids, is_harmless, lengths, stop.eos_token_ids)
         for j, (block, judged, n) in enumerate(outcomes):
-            num_kept, done = stop(rows, j, block)
+            num_kept, done = stop(rows, j, block, kept.scores(rows.active[j], processed[j, : len(block)]))
             blocks.append(block[:num_kept])
             finished.append(done)
             row = rows.active[j]
@@ -286,6 +286,10 @@ class _Kept:
             for i in range(num_kept):
                 at = slice(0, first) if first > 1 else slice(i, i + 1)
                 self.hidden_states[row].append(tuple(layer[j : j + 1, at] for layer in states))
+
+    def scores(self, row: int, new: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        """Of each token of a row, `new` ones last, shape `(1, v)`, as stock shows them to stopping criteria."""
+        return None if self._scores is None else torch.cat([*self._scores[row], new])[:, None].unbind()
 
     def output(self) -> dict[str, tuple | None]:
         """The output's fields: for each token, a tensor over rows (hidden states: one per layer)."""

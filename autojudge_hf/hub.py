@@ -137,9 +137,9 @@ def _check_subfolder(subfolder: str) -> None:
 
 def _refused(repo_id: str, error: Exception) -> OSError:
     """Also true where the Hub's answer got lost: then the same push again changes nothing."""
-    return OSError(
-        f"Can't push to {public_name(repo_id)!r}: {_reason(error)}. A push is one commit or none: try again."
-    )
+    is_lasting = isinstance(error, (HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError))
+    advice = "Nothing was pushed" if is_lasting else "A push is one commit or none: try again"
+    return OSError(f"Can't push to {public_name(repo_id)!r}: {_reason(error)}. {advice}.")
 
 
 def _reason(error: Exception) -> str:

@@ -146,7 +146,15 @@ def select_features(dataset: datasets.Dataset, **layout: Any) -> datasets.Datase
     if len(pairs) != 1:
         raise ValueError(f"The rows come from {len(pairs)} different minings, expected one.")
     pair = json.loads(pairs[0])
-    mined = JudgeConfig(**pair["features"] or {})
+    if pair["features"] is None:
+        raise ValueError("The rows hold tokens only. Give them features first, with `compute_features`.")
+    for name, value in layout.items():
+        if name not in pair["features"]:
+            raise ValueError(f"The layout of features has {sorted(pair['features'])}, and no {name!r}.")
+        # Of a width it's all or nothing.
+        if value and name.endswith("hidden_size") and value != pair["features"][name]:
+            raise ValueError(f"`{name}` was mined as {pair['features'][name]}: leave it, or pass None, got {value!r}.")
+    mined = JudgeConfig(**pair["features"])
     wanted = replace(mined, **layout)
     if missing := [name for name in wanted.feature_columns if name not in mined.feature_columns]:
         raise ValueError(

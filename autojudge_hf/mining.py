@@ -22,13 +22,12 @@ from .forward import eos_token_ids, max_positions
 from .mined_examples import MinedExamples
 from .mined_features import FEATURES_DTYPES, described, feature_layout
 from .search import SemiGreedySearch
+from .tasks.task import Task, checked_examples
 
 
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from .tasks import Task
 
 
 logger = logging.getLogger(__name__)
@@ -111,9 +110,11 @@ def mine_mismatches(
             raise ValueError(f"`{name}` must be an int of at least 1, got {value!r}.")
     if features_dtype not in (*FEATURES_DTYPES, None):
         raise ValueError(f"`features_dtype` must be one of {[*FEATURES_DTYPES, None]}, got {features_dtype!r}.")
+    if not isinstance(seed, int):
+        raise ValueError(f"`seed` must be an int, got {seed!r:.50}.")
     if not isinstance(temperature, (int, float)) or not 0.0 <= temperature < math.inf:
         raise ValueError(f"`temperature` must be 0 (greedy) or a positive number, got {temperature!r}.")
-    examples = list(dataset)
+    examples = checked_examples(dataset, task)
     draft_length = checked_draft_length(num_assistant_tokens, assistant_model, None)
     if isinstance(draft_length, str):
         raise ValueError(f"`num_assistant_tokens` of mining must be an int of at least 1, got {draft_length!r}.")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from transformers import (
@@ -125,7 +125,7 @@ def left_padded(texts: Sequence[list[int]], filling: int = 0) -> tuple[torch.Lon
 class RowProcessors:
     """Logits processors for rows of different lengths: each row by itself, under its own number in the batch."""
 
-    def __init__(self, processors: LogitsProcessorList, batch_size: int):
+    def __init__(self, processors: LogitsProcessorList, batch_size: int, eos_token_ids: Collection[int] = ()):
         refused = {type(x).__name__ for x in processors if isinstance(x, WITH_STATE)}
         if batch_size > 1:
             refused |= {type(x).__name__ for x in processors if isinstance(x, WITH_PROMPTS)}
@@ -134,6 +134,7 @@ class RowProcessors:
                 f"Judge decoding doesn't support the logits processors {sorted(refused)}: they remember tokens that "
                 "may be taken back, or the prompts of a whole batch."
             )
+        self.eos_token_ids = eos_token_ids
         #: Those for all rows and positions at once, where none looks at the tokens before.
         self.of_scores = processors if all(type(x) in OF_SCORES for x in processors) else None
         self.processors = [
@@ -151,7 +152,7 @@ class RowProcessors:
         """Logits of shape `(a, n, v)`, of which the last follow `rows` and all of `candidate_ids`, `(a, i)`.
 
         Of row j's candidates there is room for `room[j]`, and `lengths[j]` are real, all by default: what follows the
-        others is for no processor to see.
+        others, or an EOS token, is for no processor to see.
         """
         if not any(self.processors):
             return logits
@@ -163,8 +164,10 @@ class RowProcessors:
         processed = []
         for j, row in enumerate(rows.active):
             tokens = torch.cat([rows.history(row), candidate_ids[j]])[None]
+            ends = (i for i, token in enumerate(candidate_ids[j].tolist()) if token in self.eos_token_ids)
+            limit = min(limits[j], next(ends, limits[j]))
             for i in range(n):
-                if first + i > limits[j]:
+                if first + i > limit:
                     processed.append(logits[j, i][None])
                     continue
                 seen = tokens[:, : tokens.shape[1] - n + 1 + i]
@@ -214,8 +217,13 @@ class StopRule:
         row = rows.active[j]
         return self.max_new_tokens[row] - len(rows.responses[row])
 
-    def __call__(self, rows: Rows, j: int, new_tokens: list[int]) -> tuple[int, bool]:
-        """How many of active row j's `new_tokens` stay, and whether the response is finished."""
+    def __call__(
+        self, rows: Rows, j: int, new_tokens: list[int], scores: tuple[torch.Tensor, ...] | None = None
+    ) -> tuple[int, bool]:
+        """How many of active row j's `new_tokens` stay, and whether the response is finished.
+
+        Criteria may look at `scores`: those of its whole response, a tensor of shape `(1, v)` for each token.
+        """
         room = self.room(rows, j)
         history = rows.history(rows.active[j]) if self.others else None
         for i, token in enumerate(new_tokens, start=1):
@@ -223,6 +231,7 @@ class StopRule:
                 return i, True
             if history is not None:
                 seen = torch.cat([history, history.new_tensor(new_tokens[:i])])[None]
-                if self.others(seen, None).all():
+                so_far = None if scores is None else scores[: len(scores) - len(new_tokens) + i]
+                if self.others(seen, so_far).all():
                     return i, True
         return len(new_tokens), False

@@ -65,13 +65,17 @@ class JudgeTrainer:
         eval_dataset: datasets.Dataset | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
     ):
+        if not isinstance(args, JudgeTrainingArguments):
+            raise ValueError(f"`args` must be `JudgeTrainingArguments`, got {type(args).__name__}.")
+        if compute_metrics is not None and not callable(compute_metrics):
+            raise ValueError(f"`compute_metrics` must be a function, got {compute_metrics!r:.50}.")
         self.args = args
         self.compute_metrics = compute_metrics
         self.state = JudgeTrainerState()
         self._check_output_dir()
         self._pairs: set[str] = set()
         given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        self._check_pairs(**{name: dataset for name, dataset in given.items() if dataset is not None})
+        self._check_pairs(**{k: v for k, v in given.items() if k == "train_dataset" or v is not None})
         if eval_dataset is None:
             train_dataset, eval_dataset = self._split(train_dataset)
         elif shared := set(train_dataset["example_id"]) & set(eval_dataset["example_id"]):
@@ -79,6 +83,13 @@ class JudgeTrainer:
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.judge = AutoJudge.from_config(self._config())
         self._train, self._eval = self._arrays(train_dataset, "training"), self._arrays(eval_dataset, "validation")
+        for name, (_, labels) in (("training", self._train), ("validation", self._eval)):
+            for label, meaning in ((0, "unimportant"), (1, "important")):
+                if not (labels == label).any():
+                    raise ValueError(
+                        f"The {name} rows ({len(labels)}) hold no {meaning} mismatch, and a judge has to see both "
+                        "kinds. Mine more examples, or hold out others (`validation_size`, `seed`)."
+                    )
         if args.push_to_hub:
             # Now, so that a bad name or token is told before the fit.
             create_repo(self._hub_model_id(), private=args.hub_private_repo, token=args.hub_token)
@@ -119,17 +130,21 @@ class JudgeTrainer:
         """Validation ROC-AUC of judges fitted on parts of the training examples. Where it flattens, mining may stop.
 
         Args:
-            shares (`Sequence[float]`, *optional*): parts of the training examples, each within the next.
+            shares (`Sequence[float]`, *optional*): parts of the training examples, each within the next; those that
+                come to the same number are one.
 
         Returns:
             `list[dict]` of `num_examples` and `eval_auc`, the best of the C grid; parts with one kind of mismatch only
             are left out.
         """
+        if wrong := [share for share in shares if not 0.0 < share <= 1.0]:
+            raise ValueError(f"`shares` are parts of the training examples, above 0 and up to 1, got {wrong}.")
         ids = np.asarray(self.train_dataset["example_id"])
         examples = np.random.default_rng(self.args.seed).permutation(np.unique(ids))
         curve = []
-        for share in tqdm(shares, desc="learning curve", unit="part"):
-            part = examples[: max(1, round(share * len(examples)))]
+        sizes = dict.fromkeys(max(1, round(share * len(examples))) for share in shares)
+        for size in tqdm(sizes, desc="learning curve", unit="part"):
+            part = examples[:size]
             features, labels = (array[np.isin(ids, part)] for array in self._train)
             if len(np.unique(labels)) == 2:
                 fits = fit_judges(self.args, features, labels, self.args.C_grid)
@@ -141,22 +156,28 @@ class JudgeTrainer:
         return self.predict(self.eval_dataset if eval_dataset is None else eval_dataset, "eval").metrics
 
     def predict(self, test_dataset: datasets.Dataset, metric_key_prefix: str = "test") -> PredictionOutput:
-        """Scores in [0, 1], labels and metrics of a mined dataset."""
+        """Scores in [0, 1] of a mined dataset, labels, and those metrics of `evaluate` that the labels allow."""
         self._check_pairs(test_dataset=test_dataset)
         self._check_trained()
         features, labels = self._arrays(test_dataset, metric_key_prefix)
         logits = self.judge.decision_function(torch.from_numpy(features))
         scores = torch.sigmoid(logits).numpy()
         accepted = harmless(logits, self.judge.config.threshold).numpy()
-        metrics = {
-            "auc": roc_auc(labels, logits.numpy()),
-            "recall": float((~accepted[labels == 1]).mean()),
-            "harmless_accepted": float(accepted[labels == 0].mean()),
-            "threshold": self.judge.config.threshold,
-        }
+        is_important = labels == 1
+        metrics = {"threshold": self.judge.config.threshold}
+        if is_important.any():
+            metrics["recall"] = float((~accepted[is_important]).mean())
+        if not is_important.all():
+            metrics["harmless_accepted"] = float(accepted[~is_important].mean())
+        if len(metrics) == 3:
+            metrics["auc"] = roc_auc(labels, logits.numpy())
         if self.compute_metrics is not None:
-            metrics |= self.compute_metrics(EvalPrediction(predictions=scores, label_ids=labels))
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+            own = self.compute_metrics(EvalPrediction(predictions=scores, label_ids=labels))
+            if not isinstance(own, dict):
+                raise ValueError(f"`compute_metrics` must return a dict of figures, got {own!r:.50}.")
+            metrics |= own
+        start = f"{metric_key_prefix}_"
+        metrics = {start + name.removeprefix(start): value for name, value in metrics.items()}
         return PredictionOutput(predictions=scores, label_ids=labels, metrics=metrics)
 
     def save_model(self, output_dir: str | None = None) -> None:
@@ -178,6 +199,7 @@ class JudgeTrainer:
             license (`str`, *optional*): the judge's licence, as the Hub names it (`"apache-2.0"`).
             dataset (`str`, *optional*): Hub id of the problems that were mined (`"openai/gsm8k"`).
         """
+        self._check_trained()
         self._describe(license, dataset)
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -214,9 +236,15 @@ class JudgeTrainer:
         """All rows, those of earlier calls included, must come from one mining."""
         pairs = self._pairs.union(*(_pairs(dataset, name) for name, dataset in datasets_by_name.items()))
         if len(pairs) != 1:
+            read = [json.loads(pair) for pair in sorted(pairs)]
+            differences = [
+                f"{name}: " + " or ".join(dict.fromkeys(json.dumps(pair.get(name)) for pair in read))
+                for name in sorted(set().union(*read))
+                if any(pair.get(name) != read[0].get(name) for pair in read)
+            ]
             raise ValueError(
-                f"The rows come from {len(pairs)} different minings, expected one. A judge knows one pair and one "
-                "setting; train on each apart. Got:\n" + "\n".join(sorted(pairs))
+                f"The rows come from {len(pairs)} different minings, expected one: a judge knows one pair and one "
+                f"setting. They differ in {'; '.join(differences)}."
             )
         self._pairs = pairs
 
@@ -234,6 +262,8 @@ class JudgeTrainer:
         """Holds out whole examples: rows of one response are far too alike to be on both sides."""
         ids = np.asarray(dataset["example_id"])
         examples = np.random.default_rng(self.args.seed).permutation(np.unique(ids))
+        if len(examples) < 2:
+            raise ValueError("The rows are of one example, and none is left to hold out. Mine more examples.")
         num_held_out = max(1, round(self.args.validation_size * len(examples)))
         held_out = np.isin(ids, examples[:num_held_out])
         return dataset.select(np.flatnonzero(~held_out)), dataset.select(np.flatnonzero(held_out))
@@ -243,12 +273,6 @@ class JudgeTrainer:
         labels = np.asarray(dataset["label"], dtype=np.int64)
         if other := sorted(set(labels.tolist()) - {0, 1}):
             raise ValueError(f"A label is 0 (unimportant) or 1 (important), the {name} rows hold {other}.")
-        for label, meaning in ((0, "unimportant"), (1, "important")):
-            if not (labels == label).any():
-                raise ValueError(
-                    f"The {name} rows ({len(labels)}) hold no {meaning} mismatch, and a judge has to see both kinds. "
-                    "Mine more examples, or hold out others (`validation_size`, `seed`)."
-                )
         features, width = dataset.with_format("numpy")["features"][:], self.judge.config.num_features
         if features.ndim != 2 or features.shape[1] != width:
             widths = sorted({len(row) for row in features})
@@ -322,6 +346,12 @@ class JudgeTrainer:
 
 
 def _pairs(dataset: datasets.Dataset, name: str) -> set[str]:
+    import datasets
+
+    if not isinstance(dataset, datasets.Dataset):
+        raise ValueError(
+            f"`{name}` must be a `datasets.Dataset`, as `mine_mismatches` returns it, got {type(dataset).__name__}."
+        )
     missing = [column for column in REQUIRED_COLUMNS if column not in dataset.column_names]
     if missing:
         raise ValueError(

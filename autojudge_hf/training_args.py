@@ -68,6 +68,10 @@ class JudgeTrainingArguments:
     hub_token: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        for name, least in (("max_iter", 1), ("intermediate_size", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"`{name}` must be an int of at least {least}, got {value!r:.50}.")
         for name in ("validation_size", "recall"):
             value = getattr(self, name)
             if not 0.0 < value < 1.0 and not (name == "recall" and value == 1.0):

@@ -14,27 +14,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import math
 import random
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from embedded_pair import MAX_NEW_TOKENS, load_pair, read_problems
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig
+from transformers import CompileConfig
 
 from autojudge_hf import AutoJudge, judge_decoding
 from autojudge_hf.evaluation import decode_batch
 from autojudge_hf.tasks import GSM8K
-
-
-PAIR = Path(__file__).parent / "tiny_pair"
-MAX_NEW_TOKENS = 320
 
 
 class Way(NamedTuple):
@@ -135,13 +130,8 @@ def main() -> None:
     torch.set_num_threads(2)
 
     judge = AutoJudge.from_pretrained(args.judge)
-    tokenizer = AutoTokenizer.from_pretrained(PAIR / "target")
-    model, draft = (
-        AutoModelForCausalLM.from_pretrained(PAIR / role, dtype=torch.float32).eval() for role in ("target", "draft")
-    )
-    with open(PAIR / "gsm8k_test.jsonl", encoding="utf-8") as file:
-        problems = [json.loads(line) for _, line in zip(range(args.num_problems), file)]
-    task = GSM8K()
+    model, draft, tokenizer = load_pair()
+    problems, task = read_problems("test", args.num_problems), GSM8K()
     # Rows of a batch wait for its longest.
     prompts = sorted((task.prompt(problem, tokenizer) for problem in problems), key=len)
     options = {"return_tensors": "pt", "padding": True, "padding_side": "left", "add_special_tokens": False}

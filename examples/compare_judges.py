@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure_judge import MAX_NEW_TOKENS, TASKS, decode, load_pair, mine, take, untimed
+from embedded_pair import MAX_NEW_TOKENS, load_pair
+from measure_judge import TASKS, decode, mine, take, untimed
 from measure_oracle import cycles, ways_of_the_search
 from tqdm import tqdm
 
@@ -241,7 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--task", choices=list(TASKS), default="gsm8k")
     parser.add_argument("--output_dir", default="runs/compare")
-    parser.add_argument("--judges", nargs="+", default=list(THRESHOLDS), help="which to compare")
+    parser.add_argument("--judges", nargs="+", choices=THRESHOLDS, default=list(THRESHOLDS), help="which to compare")
     parser.add_argument("--seed", type=int, default=21, help="of training and validation problems")
     parser.add_argument("--test_seed", type=int, default=31)
     parser.add_argument("--num_mined", type=int, default=1500)

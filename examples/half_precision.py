@@ -11,19 +11,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-from pathlib import Path
 
 import torch
+from embedded_pair import MAX_NEW_TOKENS, load_pair, read_problems
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autojudge_hf import judge_decoding
 from autojudge_hf.tasks import GSM8K
-
-
-PAIR = Path(__file__).parent / "tiny_pair"
-MAX_NEW_TOKENS = 320
 
 
 def spacings(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -42,18 +36,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(2)
 
-    tokenizer, task = AutoTokenizer.from_pretrained(PAIR / "target"), GSM8K()
-    with open(PAIR / "gsm8k_test.jsonl", encoding="utf-8") as file:
-        problems = [json.loads(line) for _, line in zip(range(args.num_problems), file)]
-
+    problems, task = read_problems("test", args.num_problems), GSM8K()
     header = (
         "dtype|texts that part|of|a tie every ... tokens|spacings at the ties, median and most|right, plain|lossless"
     )
     rows = ["| " + header.replace("|", " | ") + " |", "|" + " --- |" * (header.count("|") + 1)]
     for dtype in [getattr(torch, name) for name in args.dtypes]:
-        model, draft = (
-            AutoModelForCausalLM.from_pretrained(PAIR / role, dtype=dtype).eval() for role in ("target", "draft")
-        )
+        model, draft, tokenizer = load_pair(dtype)
         lossless = functools.partial(
             judge_decoding, assistant_model=draft, num_assistant_tokens=args.num_assistant_tokens
         )

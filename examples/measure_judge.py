@@ -21,7 +21,7 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from embedded_pair import MAX_NEW_TOKENS, PAIR, load_pair
 
 from autojudge_hf import (
     AutoJudge,
@@ -36,11 +36,10 @@ from autojudge_hf.evaluation import measure_decoding
 from autojudge_hf.tasks import GSM8K, LiveCodeBench, Task
 
 
-PAIR = Path(__file__).parent / "tiny_pair"
 sys.path.insert(0, str(PAIR))
 
-from make_problems import problems  # noqa: E402  (lives beside the pair)
-from make_programs import programs  # noqa: E402
+from make_problems import problems
+from make_programs import programs
 
 
 class Both(Task):
@@ -80,19 +79,11 @@ def both(split: str, seed: int) -> Iterator[dict]:
     return itertools.chain.from_iterable(zip(problems(split, seed), programs(split, seed)))
 
 
-MAX_NEW_TOKENS = 320
 TASKS = {
     "gsm8k": (GSM8K(), problems, "word problems of the embedded pair"),
     "livecodebench": (LiveCodeBench(), programs, "programming problems of the embedded pair"),
     "both": (Both(), both, "word and programming problems of the embedded pair"),
 }
-
-
-@functools.cache
-def load_pair() -> tuple:
-    """Target, draft and their tokenizer."""
-    models = (AutoModelForCausalLM.from_pretrained(PAIR / x, dtype=torch.float32).eval() for x in ("target", "draft"))
-    return *models, AutoTokenizer.from_pretrained(PAIR / "target")
 
 
 def take(task: str, split: str, seed: int, n: int) -> list[dict]:

@@ -10,20 +10,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import time
-from pathlib import Path
 
 import torch
+from embedded_pair import MAX_NEW_TOKENS, load_pair, read_problems
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autojudge_hf import mine_mismatches
 from autojudge_hf.tasks import GSM8K
-
-
-PAIR = Path(__file__).parent / "tiny_pair"
-MAX_NEW_TOKENS = 320
 
 
 @contextlib.contextmanager
@@ -77,13 +71,8 @@ def main() -> None:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 16])
     args = parser.parse_args()
     torch.set_num_threads(2)
-    tokenizer = AutoTokenizer.from_pretrained(PAIR / "target")
-    model, draft = (
-        AutoModelForCausalLM.from_pretrained(PAIR / role, dtype=torch.float32).eval() for role in ("target", "draft")
-    )
-    task = GSM8K()
-    with open(PAIR / "gsm8k_train.jsonl", encoding="utf-8") as file:
-        problems = [json.loads(line) for _, line in zip(range(args.num_problems), file)]
+    model, draft, tokenizer = load_pair()
+    problems, task = read_problems("train", args.num_problems), GSM8K()
 
     def literal():
         rows = []

@@ -15,7 +15,8 @@ import itertools
 from pathlib import Path
 
 import torch
-from measure_judge import MAX_NEW_TOKENS, TASKS, load_pair, mine, take
+from embedded_pair import MAX_NEW_TOKENS, load_pair
+from measure_judge import TASKS, mine, take
 from tqdm import tqdm
 
 from autojudge_hf import AutoJudge, evaluate_judge

@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument("--num_test", type=int, default=40, help="held-out problems for the table")
     parser.add_argument("--num_assistant_tokens", type=int, default=16, help="draft length")
     args = parser.parse_args()
+    if min(args.num_mined, args.num_validation, args.num_test, args.num_assistant_tokens) < 1:
+        parser.error("all numbers must be at least 1.")
     judge_dir = str(Path(args.output_dir) / "judge")
     started = time.perf_counter()
     torch.set_num_threads(2)

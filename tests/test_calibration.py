@@ -16,12 +16,13 @@ def calibrated(monkeypatch, judge, correct, **options):
     """`calibrate_threshold` on made-up results: a list of bools, lossless, then for each threshold, 0.1 first."""
 
     def rows(*args, thresholds, **kwargs):
+        assert thresholds == sorted(thresholds)
         for threshold, row in zip([None, *thresholds], correct):
             figures = {"tokens_per_cycle": 5.0, "tokens_per_second": 9.0, "mean_response_length": 7.0}
             yield {"threshold": threshold, "accuracy": float(np.mean(row)), "correct": row, **figures}
 
     monkeypatch.setattr(autojudge_hf.calibration, "rows_one_by_one", rows)
-    thresholds = [0.1 * n for n in range(1, len(correct))]
+    thresholds = [0.1 * n for n in range(1, len(correct))][::-1]  # in any order
     options = {"dataset_name": "made-up", "max_new_tokens": 8, **options}
     examples = [None] * len(correct[0])
     return calibrate_threshold(None, None, None, examples, None, judge, thresholds=thresholds, **options)
@@ -39,9 +40,12 @@ def test_threshold_is_the_last_before_the_first_that_costs_too_much(monkeypatch,
     curve = top_k.config.evaluation
     assert [row["drop"] for row in curve] == pytest.approx([n / 1000 for n in costs[:6]])
     assert {row["split"] for row in curve} == {"validation"}
-    # Once more, on fewer problems: the curve is replaced, and what can't be kept is said.
+    # Once more, on fewer problems: the curve is replaced, another split's isn't, and what can't be kept is said.
+    of_test = [{**row, "split": "test"} for row in curve]
+    top_k.config.evaluation += of_test
     calibrated(monkeypatch, top_k, [right[:50], [False] * 9 + right[:41]], max_drops={"cheap": 0.02})
-    assert top_k.config.thresholds == {"cheap": 0.0} and len(top_k.config.evaluation) == 2
+    assert top_k.config.thresholds == {"cheap": 0.0}
+    assert top_k.config.evaluation[:-2] == of_test and len(top_k.config.evaluation) == len(of_test) + 2
     assert "isn't sure to keep to ['cheap']" in caplog.text
     # What would go wrong at the end is told at the beginning.
     of_others = {"threshold": None, "correct": right[:7]}
@@ -52,6 +56,9 @@ def test_threshold_is_the_last_before_the_first_that_costs_too_much(monkeypatch,
         ([right, right], {"max_drops": {"1 point": 1}}, "0.01 for 1 point; got .1."),
         ([right, right], {"max_drops": {"1 point": "0.01"}}, "0.01 for 1 point; got .'0.01'."),
         ([right, right], {"dataset_name": None}, "`dataset_name`.*None"),
+        ([right, right], {"split": 3}, "`split` must be a name.*3"),
+        # However much it spoils, nobody can lose what isn't there.
+        ([[False] * 980 + right[:20], right], {}, "2.0% of the answers right.*more than {'5 points': 0.05}"),
         ([right, right], {"lossless": of_others}, "lossless row of these 1000 examples, got one of 7"),
     ):
         with pytest.raises(ValueError, match=message):

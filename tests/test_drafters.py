@@ -2,6 +2,7 @@
 """Where candidates come from: prompt lookup, the target's first layers, and how many of them a cycle drafts."""
 
 import functools
+import itertools
 
 import pytest
 import reference
@@ -135,6 +136,12 @@ def test_adaptive_lengths_are_learned_for_a_pair(random_pair, top_k, monkeypatch
     def schedule(target, drafter, *circumstances):
         return draft_schedule("adaptive", target, drafter, GenerationConfig(), circumstances)
 
+    def learns(lengths, accepted):
+        schedule = AdaptiveDraftLength(8)
+        schedule.update(lengths, accepted, draft=8.0, verify=2.0)
+        return vars(schedule)
+
+    assert learns([8] * 4, [3] * 4) == learns([8], [3])  # rows of a batch are averaged
     for drafter in (assistant, None):
         learned = schedule(model, drafter, "kl", 0.1)
         assert schedule(model, drafter, "kl", 0.1) is learned
@@ -150,6 +157,36 @@ def test_adaptive_lengths_are_learned_for_a_pair(random_pair, top_k, monkeypatch
         for _ in range(2):
             model.generate(PROMPT, **options, **more)
     assert [used.index(schedule) for schedule in used] == [0, 0, 2, 2, 4, 4]
+    for prompts, more in ((PROMPT, {"judge_threshold": 0.9}), (PROMPT.repeat(2, 1), {})):
+        model.generate(prompts, prompt_lookup_num_tokens=3, **options, **more)
+    assert [used.index(schedule) for schedule in used][6:] == [6, 7]
+
+
+def test_adaptive_length_is_told_which_part_took_how_long(random_pair, top_k, monkeypatch):
+    model, assistant = random_pair
+    told, ticks = [], itertools.accumulate(itertools.cycle([0.0, 1.0, 10.0, 100.0]))
+    monkeypatch.setattr(AdaptiveDraftLength, "now", lambda *_: next(ticks))
+    monkeypatch.setattr(AdaptiveDraftLength, "update", lambda self, *args: told.append(args))
+    options = {"do_sample": False, "max_new_tokens": 9, "num_assistant_tokens": "adaptive", "judge": top_k}
+    model.generate(PROMPT, assistant_model=assistant, **options)
+    # Each cycle reads the clock before its draft, behind it, and at its end.
+    steps = itertools.cycle([0.0, 1.0, 10.0, 100.0])
+    next(steps)
+    for *_, draft, verify in told:
+        assert (draft, verify) == (next(steps), next(steps))
+        next(steps)
+
+
+def test_a_lookup_never_offers_what_is_forbidden(random_pair):
+    """Its candidates are what the prompt says, and a learned judge could find them harmless."""
+    model, _ = random_pair
+    judge = AutoJudge.from_config(JudgeConfig(hidden_size=32))
+    judge.load_state_dict({"weight": torch.zeros(32), "bias": torch.tensor([-9.0])})
+    options = {"do_sample": False, "max_new_tokens": 24, "prompt_lookup_num_tokens": 3, "judge": judge}
+    prompt = torch.tensor(REPETITIVE[:1])
+    free = model.generate(prompt, **options)[0, prompt.shape[1] :].tolist()
+    assert 14 in free
+    assert 14 not in model.generate(prompt, suppress_tokens=[14], **options)[0, prompt.shape[1] :].tolist()
 
 
 def test_adaptive_length_reacts_to_a_judge(random_pair, top_k):

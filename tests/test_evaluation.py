@@ -10,8 +10,8 @@ import reference
 import torch
 from conftest import random_llama, similar_model
 
-from autojudge_hf import AutoJudge, JudgeConfig, evaluate_judge
-from autojudge_hf.evaluation import highlight_accepted, measure_decoding, paired_interval
+from autojudge_hf import AutoJudge, JudgeConfig, evaluate_judge, evaluation_summary
+from autojudge_hf.evaluation import _trimmed, highlight_accepted, measure_decoding, paired_interval
 from autojudge_hf.tasks import Task
 
 
@@ -148,6 +148,34 @@ def test_a_task_that_fails_on_an_example_costs_that_example(pair, tokenizer, top
     ]
     assert measured[1]["correct"] == [measured[0]["correct"][0], False, measured[0]["correct"][2]]
     assert "failed on 1 of 3 examples, which count as wrong: RuntimeError: no grader" in caplog.text
+
+    class FailingLater(EvenLength):
+        def is_correct(self, example, answer):
+            if answer is not None and example is EXAMPLES[1]:
+                raise RuntimeError("no gold answer")
+            return "yes" if super().is_correct(example, answer) else ""
+
+    later = measure_decoding(pair[0], tokenizer, EXAMPLES, FailingLater(), "alone", do_sample=False, max_new_tokens=9)
+    assert later["correct"] == measured[1]["correct"] and "RuntimeError: no gold answer" in caplog.text
+    assert not pair[0]._forward_pre_hooks  # that count forwards
+
+
+def test_a_response_ends_at_its_first_eos_token():
+    """Where padding is the EOS token, it isn't counted."""
+    assert _trimmed([5, 1, 1, 1], {1}) == [5, 1] and _trimmed([5, 6], {1}) == [5, 6]
+
+
+def test_what_is_no_dataset_and_no_task(pair, tokenizer, top_k):
+    measure = functools.partial(evaluate_judge, *pair, tokenizer, judge=top_k, thresholds=[0.5], **OPTIONS)
+    for dataset in ({"train": EXAMPLES}, EXAMPLES[0], ["How many?"]):
+        with pytest.raises(ValueError, match="must hold examples, mappings of fields, got '"):
+            measure(dataset=dataset, task=EvenLength())
+    with pytest.raises(ValueError, match="`task` must be a task, such as `GSM8K.*got <class"):
+        measure(dataset=EXAMPLES, task=EvenLength)
+    rows = measure(dataset=EXAMPLES, task=EvenLength())
+    for wrong in ({"dataset": None, "split": "test"}, {"dataset": "made-up", "split": 3}):
+        with pytest.raises(ValueError, match="must be its name, for the judge's card"):
+            evaluation_summary(rows, **wrong)
 
 
 def test_paired_interval():

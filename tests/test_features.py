@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from autojudge_hf import JudgeConfig
-from autojudge_hf.features import assistant_logit_features, judge_inputs, logit_features
+from autojudge_hf.features import assistant_logit_features, judge_inputs, kl_divergence, logit_features
 
 
 def test_positions_and_order():
@@ -17,6 +17,7 @@ def test_positions_and_order():
     assert of_candidates.tolist() == [[[-3, -4, -5, 2, 3], [-6, -7, -8, 4, 5]]]
     previous = judge_inputs(candidate_ids, logits, target, None, "previous").features
     assert previous.tolist() == [[[0, 1], [2, 3]]]
+    assert torch.equal(judge_inputs(candidate_ids, logits, target, None, "both").target_logits, logits[:, :2])
     both = judge_inputs(candidate_ids, logits, target, assistant, "both").features
     assert both.tolist() == [[[0, -1, -2, -3, -4, -5, 0, 1, 2, 3], [-3, -4, -5, -6, -7, -8, 2, 3, 4, 5]]]
     assert both.shape[-1] == JudgeConfig(hidden_size=2, assistant_hidden_size=3, state_position="both").num_features
@@ -48,12 +49,26 @@ def test_logit_features_follow_the_states():
 
 
 def test_assistant_logit_features_by_hand():
-    p, q = [0.5, 0.25, 0.25, 0.0], [0.25, 0.25, 0.5, 0.0]
+    p, q = [0.5, 0.25, 0.25, 0.0], [0.125, 0.375, 0.5, 0.0]
     target, assistant = torch.tensor([[p]]).log(), torch.tensor([[q]]).log() - 1.0
     candidate, kl = assistant_logit_features(torch.tensor([[2]]), target, assistant)[0, 0].tolist()
     assert candidate == pytest.approx(math.log(0.5))
-    assert kl == pytest.approx(0.5 * math.log(2) + 0.25 * math.log(0.5))
+    assert kl == pytest.approx(0.5 * math.log(4) + 0.25 * math.log(2 / 3) + 0.25 * math.log(0.5))
     assert not assistant_logit_features(torch.tensor([[3]]), target, assistant)[0, 0, 0].isfinite()
+
+
+def test_kl_where_one_model_lacks_tokens():
+    """What the target can't write doesn't matter; what the assistant can't is what the rest hides, in nats."""
+    p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
+    none = torch.tensor([0.0, 0.0, -math.inf])
+    without = torch.tensor([0.625, 0.375])
+    by_target = (without * (without / q[:2]).log()).sum()
+    torch.testing.assert_close(kl_divergence(p.log() + none, q.log()), by_target)
+    of_both = (without * (without / torch.tensor([0.4, 0.6])).log()).sum()
+    torch.testing.assert_close(kl_divergence(p.log(), q.log() + none), of_both - math.log(0.8))
+    # Nearly all that the target would write, and the models aren't alike.
+    assert kl_divergence(torch.tensor([0.0, 0.0, 9.0]), none) > 8
+    assert kl_divergence(torch.tensor([0.0, -math.inf]), torch.tensor([-math.inf, 0.0])).isinf()
 
 
 @pytest.mark.parametrize("position", ["candidate", "previous", "both"])

@@ -185,6 +185,9 @@ def test_position_limits(top_k):
     for more in ({}, {"cache_implementation": "static"}):
         output = model.generate(PROMPT, **options, **judged, **more)
         assert torch.equal(output.sequences, expected) and output.num_candidates > 0
+    ragged = left_padded([PROMPT[0].tolist(), [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]])
+    output = model.generate(**ragged, do_sample=False, max_new_tokens=40, **judged)
+    assert torch.equal(output.sequences[0, 11:], expected[0, 7:47]) and output.num_candidates.min() > 0
 
 
 @pytest.mark.slow
@@ -512,6 +515,25 @@ def test_counts_add_up(random_pair, linear_judge):
     assert output.summary().startswith(f"{(committed - 1).item() / cycles:.1f} tokens per cycle: {cycles} cycles")
 
 
+def test_counts_where_a_criterion_ends_a_block(random_pair, top_k):
+    """What it cuts off was neither accepted nor rejected."""
+    model, assistant = random_pair
+    options = {"do_sample": False, "max_new_tokens": 40, "assistant_model": assistant, "judge": top_k}
+    options |= {"num_assistant_tokens": 6, "return_dict_in_generate": True, "judge_threshold": 0.7}
+    free = model.generate(PROMPT, **options)
+    lengths = set()
+    for n in range(8, 47):
+        criteria = StoppingCriteriaList([lambda ids, scores, n=n: torch.tensor([ids.shape[1] >= n])])
+        output = model.generate(PROMPT, stopping_criteria=criteria, **options)
+        assert torch.equal(output.sequences, free.sequences[:, :n])
+        told = 1 + output.num_target_forwards + output.num_matches + output.num_judge_accepted
+        # A cycle that is cut off lacks the target's own token.
+        is_cut = told.item() - (n - 7)
+        lengths.add(is_cut)
+        assert is_cut in (0, 1) and output.num_judge_rejected <= output.num_target_forwards - is_cut
+    assert lengths == {0, 1}
+
+
 def test_draft_length_keyword_and_default(random_pair, top_k):
     model, assistant = random_pair
     options = {"do_sample": False, "max_new_tokens": 10, "assistant_model": assistant, "judge": top_k}
@@ -556,6 +578,61 @@ def test_stops_where_the_sequence_first_ends(random_pair, top_k, threshold):
                 assert got == free[:cut]
     for length in (1, 2, 13):
         assert model.generate(PROMPT, max_new_tokens=length, **options).shape[1] == 7 + length
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_processors_are_not_asked_behind_an_eos_token(random_pair, top_k, num_rows):
+    """Constrained decoding by a trie: behind the end nothing is allowed, and nobody may ask."""
+    model, assistant = random_pair
+    paths = ([4, 9, 17, 31], [4, 9, 31], [8, 31])
+    trie = {}
+    for path in paths:
+        for i, token in enumerate(path):
+            trie.setdefault(tuple(path[:i]), []).append(token)
+
+    def allowed(row, tokens):
+        return trie[tuple(tokens[7:].tolist())]
+
+    prompts = torch.cat([PROMPT, PROMPT + 1, PROMPT + 2])[:num_rows]
+    options = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": 31, "pad_token_id": 0}
+    options["prefix_allowed_tokens_fn"] = allowed
+    expected = model.generate(prompts, **options)
+    assert [token for token in expected[0, 7:].tolist() if token] in [list(path) for path in paths]
+    for k in range(1, 6):
+        judged = {"assistant_model": assistant, "judge": top_k, "judge_threshold": 0.0, "num_assistant_tokens": k}
+        assert torch.equal(model.generate(prompts, **options, **judged), expected)
+
+
+def test_criteria_see_the_scores_that_are_kept(random_pair, top_k):
+    model, assistant = random_pair
+
+    class Unsure(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            assert len(scores) == input_ids.shape[1] - 7
+            return scores[-1].softmax(dim=-1).amax(dim=-1) < 0.12
+
+    options = {"do_sample": False, "max_new_tokens": 40, "return_dict_in_generate": True, "output_scores": True}
+    options["stopping_criteria"] = StoppingCriteriaList([Unsure()])
+    expected = model.generate(PROMPT, **options).sequences
+    assert 8 < expected.shape[1] < 47
+    output = model.generate(PROMPT, assistant_model=assistant, judge=top_k, judge_threshold=0.0, **options)
+    assert torch.equal(output.sequences, expected)
+
+
+def test_a_processor_may_write_in_place(random_pair, top_k):
+    model, assistant = random_pair
+
+    class InPlace(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            scores[:, 3] = -50.0
+            return scores
+
+    options = {"do_sample": False, "max_new_tokens": 20, "logits_processor": LogitsProcessorList([InPlace()])}
+    expected = model.generate(PROMPT, **options)
+    judged = {"assistant_model": assistant, "judge": top_k, "judge_threshold": 0.0}
+    output = model.generate(PROMPT, return_dict_in_generate=True, output_logits=True, **options, **judged)
+    assert torch.equal(output.sequences, expected)
+    assert all(logits[0, 3] > -50 for logits in output.logits)  # these are as they came
 
 
 def test_a_users_own_length_criterion(random_pair, top_k):

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import ROOT
 
+import autojudge_hf.tasks.livecodebench
 from autojudge_hf.tasks import LiveCodeBench
 from autojudge_hf.tasks.livecodebench import decode_tests, extract_code, load_problems, same_output
 from autojudge_hf.tasks.livecodebench_metric import PassAtK, pass_at_k
@@ -163,6 +164,7 @@ def test_outputs(printed, expected, same):
         ("0.1 + 0.2", "0.3", False),
         ("{'a': [1]}", '{"a": [1]}', True),
         ("{1: 2}", '{"1": 2}', False),
+        ("{1: 2, '1': 2}", '{"1": 2}', False),
         ("defaultdict(int, a=1)", '{"a": 1}', True),
         ("deque([1])", "[1]", False),
         ("range(2)", "[0, 1]", False),
@@ -309,6 +311,14 @@ def test_packed_tests_cannot_run_code(tmp_path):
     with pytest.raises(ValueError, match="can't be decoded"):
         decode_tests(row(private_test_cases=packed(Attack())))
     assert not (tmp_path / "written").exists()
+
+
+def test_packed_tests_have_a_largest_size(monkeypatch):
+    tests = [{"input": "1" * 1000, "output": "1", "testtype": "stdin"}]
+    assert len(decode_tests(row(private_test_cases=packed(json.dumps(tests))))[-1]["input"]) == 1000
+    monkeypatch.setattr(autojudge_hf.tasks.livecodebench, "LARGEST_TESTS", 100)
+    with pytest.raises(ValueError, match="can't be decoded"):
+        decode_tests(row(private_test_cases=packed(json.dumps(tests))))
 
 
 def test_load_problems(tmp_path):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mining against a literal transcription of Algorithm 1, on the embedded pair."""
 
+import copy
 import json
 import re
 import subprocess
@@ -257,6 +258,23 @@ def test_algorithm_1_on_random_models_under_instruct_configs(random_pair):
         assistant.generation_config.update(do_sample=False, repetition_penalty=None, eos_token_id=[30, 31])
 
 
+def test_a_candidate_may_end_the_response():
+    """Then nothing follows it, and the answer is that of the text so far."""
+    candidates = []
+    for eos in (2, 9, 17, 25):
+        model = random_llama(eos_token_id=[eos])
+        pair = model, similar_model(model)
+        rows = mine_random(pair, EXAMPLES[:6])
+        expected = []
+        for i, example in enumerate(EXAMPLES[:6]):
+            prompt, task = NumberTokenizer().encode(example["text"], False), LastTokens(EXAMPLES)
+            of_example = reference.algorithm_1(*pair, NumberTokenizer(), task, prompt, 24, (eos,))
+            expected += [(i, *row) for row in of_example]
+        assert [(r["example_id"], *f) for r, f in zip(rows, found(rows))] == expected
+        candidates += [row["candidate_token_id"] == eos for row in rows]
+    assert any(candidates)
+
+
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
 def test_algorithm_1_behind_sliding_windows(family):
     """Windows of 8 over prompts and responses of 29, and soft-capped logits: the kept prefixes lose nothing."""
@@ -404,6 +422,18 @@ def test_half_the_space(random_pair, tmp_path):
         torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
 
 
+def test_layouts_that_were_not_mined(random_pair):
+    rows = mine_random(random_pair)
+    for wrong, message in (
+        ({"hidden_size": 5}, "`hidden_size` was mined as 32: leave it, or pass None, got 5"),
+        ({"judge_type": "mlp"}, "no 'judge_type'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            select_features(rows, **wrong)
+    with pytest.raises(ValueError, match="tokens only.*compute_features"):
+        select_features(mine_random(random_pair, features_dtype=None), state_position="candidate")
+
+
 def test_features_of_another_pair_are_refused(random_pair):
     mined = mine_random(random_pair)
     with pytest.raises(ValueError, match="target .* of width 32, got .* of width 48"):
@@ -411,6 +441,11 @@ def test_features_of_another_pair_are_refused(random_pair):
     for wanted in ("assistant_states", "assistant_logit_features"):
         with pytest.raises(ValueError, match="need the assistant"):
             compute_features(mined, random_pair[0], **{wanted: True})
+    other = copy.deepcopy(random_pair[0]).double()
+    assert json.loads(compute_features(mined, other)[0]["pair"])["target"]["dtype"] == "float64"
+    other.config.name_or_path = "org/other"
+    with pytest.raises(ValueError, match="got org/other of width 32"):
+        compute_features(mined, other)
     with pytest.raises(ValueError, match="features_dtype.*int8"):
         compute_features(mined, random_pair[0], features_dtype="int8")
 
@@ -498,6 +533,12 @@ def test_a_damaged_file_is_mined_again(random_pair, tmp_path, caplog):
     again = mine_random(random_pair, output_dir=tmp_path / "mined")
     assert_same(again, whole)
     assert caplog.text.count("is damaged and will be mined again") == 2
+
+
+def test_fewer_examples_than_a_folder_has(random_pair, tmp_path):
+    mine_random(random_pair, EXAMPLES[:4], output_dir=tmp_path / "mined")
+    fewer = mine_random(random_pair, EXAMPLES[:2], output_dir=tmp_path / "mined")
+    assert found(fewer) == found(mine_random(random_pair, EXAMPLES[:2])) and len(fewer) > 0
 
 
 def test_other_settings_are_refused_with_the_differences(random_pair, tmp_path):

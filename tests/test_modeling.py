@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import torch
-from conftest import random_llama, similar_model
+from conftest import PROMPT, random_llama, similar_model
 from safetensors.torch import save_file
+from transformers import GenerationConfig
 
 import autojudge_hf.modeling
 from autojudge_hf import (
@@ -25,6 +26,7 @@ from autojudge_hf import (
     TopKJudge,
     symbol_token_ids,
 )
+from autojudge_hf.configuration import GREEDY_SETTINGS, decoding_settings, public_name
 from autojudge_hf.features import JudgeInputs
 from autojudge_hf.verification import harmless
 
@@ -117,14 +119,15 @@ def test_training_free_judges_at_the_ends(judge_class):
     # The assistant of a pair with padded vocabularies lacks tokens: minus infinity, and no NaN from it.
     padded = certain.clone()
     padded[..., 1] = -torch.inf
-    assert not judge(JudgeInputs(torch.tensor([[0]]), certain, torch.empty(1, 1, 0), padded)).isnan().any()
+    score = judge(JudgeInputs(torch.tensor([[0]]), certain, torch.empty(1, 1, 0), padded))
+    assert score.isfinite().all() and harmless(score, 0.4).all()
 
 
 def test_top_k_accepts_by_rank():
     logits = torch.tensor([[[5.0, 4.0, 3.0, 2.0, 1.0]]]).expand(1, 5, 5)
     inputs = JudgeInputs(torch.arange(5)[None], logits, torch.empty(1, 5, 0))
     scores = torch.sigmoid(TopKJudge(JudgeConfig(judge_type="top_k"))(inputs))[0]
-    assert (scores.diff() > 0).all()
+    assert (scores.diff() > 0).all() and scores[0] == pytest.approx(1 / 3)  # as a rank of 1.5
     for threshold, best in ((0.6, 2), (0.7, 3), (0.76, 4)):
         assert (scores < threshold).tolist() == [rank <= best for rank in range(1, 6)]
 
@@ -241,6 +244,27 @@ def test_config_defaults_and_refusals():
         JudgeConfig(state_position="next")
     with pytest.raises(OSError, match="from_pretrained"):
         AutoJudge()
+    with pytest.raises(ValueError, match="finite"):
+        JudgeConfig(judge_type="top_k", training={"C": float("nan")})
+    for wrong, owner in (({"important_token_ids": [1]}, "rule"), ({"intermediate_size": 3}, "mlp")):
+        with pytest.raises(ValueError, match=f"is for '{owner}' judges, and a 'margin' one would ignore it"):
+            JudgeConfig(judge_type="margin", **wrong)
+    # As documented.
+    documented = {"linear": 0.5, "mlp": 0.5, "kl": 0.5, "top_k": 0.6, "rule": 0.6, "margin": 0.9, "entropy": 0.91}
+    assert {judge_type: JudgeConfig(judge_type=judge_type).threshold for judge_type in documented} == documented
+
+
+def test_settings_that_only_sampling_reads_are_neutral_under_greedy_decoding():
+    values = {"temperature": 0.3, "top_k": 7, "top_p": 0.5, "min_p": 0.1, "typical_p": 0.4}
+    assert decoding_settings(GenerationConfig(do_sample=False, **values)) == GREEDY_SETTINGS
+    sampling = decoding_settings(GenerationConfig(do_sample=True, **values))
+    assert sampling == {**GREEDY_SETTINGS, "do_sample": True, **values}
+
+
+def test_names_without_folders():
+    assert public_name("org/model") == "org/model" and public_name("model") == "model"
+    for path in ("models/llama/8b", "/home/me/8b", "./8b", "../me/8b", "~/8b"):
+        assert public_name(path) == "8b"
 
 
 def test_a_cast_judge_is_saved_whole(linear, tmp_path):
@@ -293,6 +317,19 @@ print("tokens", output[0].tolist())
         max_new_tokens=20,
     )
     assert f"tokens {expected[0].tolist()}" in result.stdout
+
+
+def test_a_folder_that_is_saved_to_again_is_loaded_again(random_pair, tmp_path):
+    model, assistant = random_pair
+    judge = AutoJudge.from_config(JudgeConfig(judge_type="top_k"))
+    accepted = []
+    for threshold in (1.0, 0.0, 1.0):
+        judge.config.threshold = threshold
+        judge.save_pretrained(tmp_path / "judge")
+        options = {"custom_generate": str(tmp_path / "judge"), "trust_remote_code": True, "do_sample": False}
+        options |= {"max_new_tokens": 20, "return_dict_in_generate": True}
+        accepted.append(model.generate(PROMPT, assistant_model=assistant, **options).num_judge_accepted.item())
+    assert accepted[1] == 0 < accepted[0] == accepted[2]
 
 
 @pytest.mark.parametrize("mode", [True, False])

@@ -237,3 +237,16 @@ def test_processors_see_each_row_and_position_by_itself(others):
     )
     processed = RowProcessors(processors, 2)(rows, [4, 4], candidate_ids, logits)
     assert torch.equal(processed, expected) and processed.isinf().any() and not torch.equal(processed, logits)
+
+
+def test_a_subclass_may_look_at_the_tokens():
+    seen = []
+
+    class Looking(TemperatureLogitsWarper):
+        def __call__(self, input_ids, scores):
+            seen.append(input_ids.tolist())
+            return super().__call__(input_ids, scores)
+
+    rows = Rows(torch.tensor([[1, 2, 3]]), None)
+    RowProcessors(LogitsProcessorList([Looking(0.5)]), 1)(rows, [4], torch.tensor([[7, 8]]), torch.randn(1, 3, 50))
+    assert seen == [[[1, 2, 3]], [[1, 2, 3, 7]], [[1, 2, 3, 7, 8]]]

@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT, SHARED_DATA, read_jsonl
 
 from autojudge_hf.tasks import GSM8K
+from autojudge_hf.tasks.gsm8k import normalize
 
 
 GSM8K_DATA = SHARED_DATA / "gsm8k"
@@ -37,6 +38,7 @@ def test_gold_numbers_of_all_real_rows():
         ("It is 12, and then 40 in all", None, "40"),
         ("The final answer is [answer]", None, None),
         ("", None, None),
+        ("The final answer is $$", None, None),
         ("The final answer is 7. There were 9 at first.", "7", "9"),
     ],
 )
@@ -53,6 +55,9 @@ def test_equality_is_numeric_and_none_equals_nothing():
     assert not task.equivalent("18", None)
     assert task.is_correct({"answer": "so\n#### 1,200"}, "1200")
     assert not task.is_correct({"answer": "so\n#### 1,200"}, None)
+    # One trailing dot is dropped, as the harness does.
+    assert normalize("18.") == "18" and normalize("18..") == "18."
+    assert len({GSM8K().name, GSM8K(8).name, GSM8K(extraction="flexible").name}) == 3
 
 
 def test_prompt_is_the_harness_prompt_in_a_chat(tokenizer):

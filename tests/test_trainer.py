@@ -56,18 +56,22 @@ def classifiers(C):
     }
 
 
-@pytest.mark.parametrize("judge_type", ["linear", "mlp"])
-def test_saved_judge_equals_scikit_learn(tmp_path, judge_type):
+@pytest.mark.parametrize(("judge_type", "class_weight"), [("linear", None), ("linear", "balanced"), ("mlp", None)])
+def test_saved_judge_equals_scikit_learn(tmp_path, judge_type, class_weight):
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     train, held_out = made_up(), made_up(seed=1)
-    ours = trainer(tmp_path, train, held_out, C_grid=[0.01], judge_type=judge_type, intermediate_size=8)
+    options = {"judge_type": judge_type, "class_weight": class_weight, "intermediate_size": 8}
+    ours = trainer(tmp_path, train, held_out, C_grid=[0.01], **options)
     ours.train()
     ours.save_model()
     loaded = AutoJudge.from_pretrained(tmp_path / "out")
     assert loaded.judge_type == judge_type
-    theirs = make_pipeline(StandardScaler(), classifiers(0.01)[judge_type])
+    classifier = classifiers(0.01)[judge_type]
+    if class_weight is not None:
+        classifier.set_params(class_weight=class_weight)
+    theirs = make_pipeline(StandardScaler(), classifier)
     theirs.fit(np.array(train["features"][:], dtype=np.float32), train["label"][:])
     features = np.array(held_out["features"][:], dtype=np.float32)
     # An MLP's optimiser may stop elsewhere on the same plain where the last digits of its inputs differ.
@@ -179,6 +183,9 @@ def test_learning_curve_ends_where_training_does(tmp_path):
     assert [point["num_examples"] for point in curve][-3:] == [9, 27, 45]
     assert curve[0]["eval_auc"] < curve[-1]["eval_auc"]
     assert curve[-1]["eval_auc"] == ours.train().best_metric
+    assert [point["num_examples"] for point in ours.learning_curve(shares=(0.6, 0.601, 0.602))] == [27]
+    with pytest.raises(ValueError, match=r"above 0 and up to 1, got \[0, 2\]"):
+        ours.learning_curve(shares=(0, 2, 0.5))
 
 
 def test_learning_curve_leaves_parts_with_one_kind_out(tmp_path):
@@ -187,6 +194,43 @@ def test_learning_curve_leaves_parts_with_one_kind_out(tmp_path):
     rows = rows.remove_columns("label").add_column("label", labels)
     ours = trainer(tmp_path, rows, validation_size=0.3)
     assert [point["num_examples"] for point in ours.learning_curve(shares=(0.01, 1.0))] == [14]
+
+
+def test_a_seed_repeats_a_fit(tmp_path):
+    weights = []
+    for seed in (1, 1, 2):
+        ours = trainer(
+            tmp_path, made_up(), made_up(seed=1), judge_type="mlp", C_grid=[1.0], seed=seed, intermediate_size=4
+        )
+        ours.train()
+        weights.append(ours.judge.hidden_weight)
+    assert torch.equal(weights[0], weights[1]) and not torch.allclose(weights[0], weights[2], atol=1e-3)
+
+
+def test_features_far_from_zero(tmp_path):
+    """The scaler's mean goes into the bias, which must subtract what the weights as stored add up to."""
+    rows = made_up()
+    features = np.array(rows["features"][:], dtype=np.float32)
+    features = (features - features.mean(0)) / features.std(0) + 1e5
+    ours = trainer(tmp_path, made_up(features=features.astype(np.float32)), C_grid=[1.0])
+    ours.train()
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    x, y = ours._train
+    scaler = StandardScaler().fit(x.astype(np.float64))
+    theirs = LogisticRegression(max_iter=2000, tol=1e-8).fit(scaler.transform(x.astype(np.float64)), y)
+    expected = theirs.decision_function(scaler.transform(x.astype(np.float64)))
+    np.testing.assert_allclose(ours.judge.decision_function(torch.from_numpy(x)).numpy(), expected, atol=2e-2)
+
+
+def test_folds_with_one_kind_are_refused(tmp_path):
+    rows = made_up(num_examples=20)
+    labels = [int(example == 0) for example in rows["example_id"]]
+    rows = rows.remove_columns("label").add_column("label", labels)
+    ours = trainer(tmp_path, rows, made_up(seed=1), num_folds=2)
+    with pytest.raises(ValueError, match="in one fold"):
+        ours.train()
 
 
 def test_split_is_by_example(tmp_path):
@@ -198,6 +242,8 @@ def test_split_is_by_example(tmp_path):
     assert set(again.eval_dataset["example_id"]) == held_out
     other = trainer(tmp_path, made_up(), validation_size=0.25, seed=1)
     assert set(other.eval_dataset["example_id"]) != held_out
+    few = trainer(tmp_path, made_up(num_examples=3), validation_size=0.1)
+    assert len(few.eval_dataset) == 8 and len(few.train_dataset) == 16
 
 
 @pytest.mark.parametrize("recall", [0.5, 0.9, 1.0])
@@ -215,10 +261,25 @@ def test_compute_metrics(tmp_path):
     ours = JudgeTrainer(
         JudgeTrainingArguments(output_dir=str(tmp_path / "out")),
         made_up(),
-        compute_metrics=lambda prediction: {"share": float(prediction.label_ids.mean())},
+        compute_metrics=lambda prediction: {"share": float(prediction.label_ids.mean()), "eval_named": 1.0},
     )
     ours.train()
-    assert 0 < ours.evaluate()["eval_share"] < 1
+    metrics = ours.evaluate()
+    assert 0 < metrics["eval_share"] < 1 and metrics["eval_named"] == 1.0
+    ours.compute_metrics = lambda prediction: None
+    with pytest.raises(ValueError, match="must return a dict of figures, got None"):
+        ours.evaluate()
+
+
+def test_rows_of_one_kind_are_scored(tmp_path):
+    """With the figures that they allow."""
+    ours = trainer(tmp_path, made_up())
+    ours.train()
+    rows = made_up(seed=1)
+    for label, kept in ((0, {"test_threshold", "test_harmless_accepted"}), (1, {"test_threshold", "test_recall"})):
+        of_label = rows.filter(lambda row, label=label: row["label"] == label)
+        output = ours.predict(of_label)
+        assert set(output.metrics) == kept and len(output.predictions) == len(of_label)
 
 
 def test_config_and_card_name_the_pair(tmp_path):
@@ -230,6 +291,8 @@ def test_config_and_card_name_the_pair(tmp_path):
     assert (config.assistant_model_name_or_path, config.task) == ("org/draft", "made-up")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "org/target" in card and f"{ours.state.best_metric:.3f}" in card
+    labels = [*ours.train_dataset["label"], *ours.eval_dataset["label"]]
+    assert config.training["Important"] == f"{np.mean(labels):.1%}" != f"{np.mean(ours.train_dataset['label']):.1%}"
 
 
 def test_refusals(tmp_path, caplog):
@@ -240,15 +303,22 @@ def test_refusals(tmp_path, caplog):
         (good.select([]), "no rows"),
         (made_up(label=np.zeros(480, dtype=int)), "no important"),
         (made_up(label=np.ones(480, dtype=int)), "no unimportant"),
-        (good.select(range(3)), "hold no"),
+        (good.select(range(3)), "of one example"),
+        (good.select(range(16)), "hold no"),
+        (good[:], "must be a `datasets.Dataset`.*got dict"),
+        (None, "`train_dataset` must be a `datasets.Dataset`.*got NoneType"),
         (made_up(features=np.zeros((480, 8), dtype=np.float32)), r"Expected 16 features.*\[8\]"),
         (made_up(features=np.full((480, 16), np.nan, dtype=np.float32)), "480 of the 480|aren't finite"),
     ]
     for dataset, message in cases:
         with pytest.raises(ValueError, match=message):
             trainer(tmp_path, dataset)
-    with pytest.raises(ValueError, match="2 different minings"):
+    with pytest.raises(ValueError, match=r"2 different minings.*differ in task: \"made-up\" or \"other\"\.$"):
         trainer(tmp_path, good, made_up(pair={**PAIR, "task": "other"}))
+    with pytest.raises(ValueError, match="`args` must be `JudgeTrainingArguments`, got Dataset"):
+        JudgeTrainer(good, JudgeTrainingArguments(output_dir=str(tmp_path / "out")))
+    with pytest.raises(ValueError, match="`compute_metrics` must be a function, got 'acc'"):
+        JudgeTrainer(JudgeTrainingArguments(output_dir=str(tmp_path / "out")), good, compute_metrics="acc")
     labels = np.arange(480) % 3
     with pytest.raises(ValueError, match=r"0 \(unimportant\) or 1 \(important\), the .* hold \[2\]"):
         trainer(tmp_path, made_up(label=labels))
@@ -275,6 +345,9 @@ def test_refusals(tmp_path, caplog):
         ({"judge_type": "top_k"}, "judge_type.*linear.*mlp.*top_k"),
         ({"judge_type": "mlp", "class_weight": "balanced"}, "weigh classes"),
         ({"num_folds": 1}, "num_folds"),
+        ({"max_iter": 0}, "max_iter"),
+        ({"seed": 1.5}, "seed"),
+        ({"intermediate_size": 0}, "intermediate_size"),
     ):
         with pytest.raises(ValueError, match=message):
             JudgeTrainingArguments(output_dir="x", **args)

@@ -52,6 +52,14 @@ def test_what_is_no_candidate_is_not_accepted():
         assert (outcome.num_candidates, outcome.block) == (3, block)
 
 
+def test_what_fills_a_draft_up_is_not_accepted_as_eos():
+    """The filling is token 0, which may end a response, and a judge may find everything harmless."""
+    candidates, everything = torch.tensor([[3, 0, 0]]), torch.ones(1, 3, dtype=torch.bool)
+    logits = torch.nn.functional.one_hot(torch.tensor([[3, 5, 5, 5]]), 6).float()
+    (outcome,) = verify_greedy(candidates, logits).on_host(candidates, everything, [1], {0})
+    assert (outcome.block, outcome.num_candidates) == ([3, 5], 1)
+
+
 def test_threshold_ends_and_scores_that_are_not_finite():
     scores = torch.tensor([[-200.0, -1.0, 0.0, 1.0, 200.0, math.nan, math.inf, -math.inf]])
     assert harmless(scores, 0.0).sum() == 0

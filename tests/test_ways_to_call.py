@@ -320,6 +320,44 @@ def test_longrope_is_lossless_or_refused(top_k):
         model.generate(PROMPT, max_new_tokens=18, **options)
 
 
+def test_dynamic_rope_is_lossless_or_refused(top_k):
+    """Past the model's length a row's rotations depend on how long it is, and a batch has those of its longest."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    model = decoder("llama", **SMALL, rope_parameters=rope, max_position_embeddings=32)
+    options = {"assistant_model": similar_model(model), "judge": top_k, "num_assistant_tokens": 5, **LOSSLESS}
+    expected = model.generate(PROMPT, do_sample=False, max_new_tokens=60)
+    assert torch.equal(model.generate(PROMPT, max_new_tokens=60, **options), expected)
+    batch = left_padded([PROMPT[0].tolist(), [3, 1, 4]])
+    expected = model.generate(**batch, do_sample=False, max_new_tokens=25)
+    assert torch.equal(model.generate(**batch, max_new_tokens=25, **options), expected)
+    with pytest.raises(ValueError, match="dynamic NTK"):
+        model.generate(**batch, max_new_tokens=26, **options)
+
+
+def test_models_whose_forward_is_not_of_the_text_alone(top_k):
+    sizes = {"emb_dim": 32, "n_layers": 2, "n_heads": 2, "causal": True, "pad_index": 0, "mask_token_id": 1}
+    model = decoder("xlm", **sizes)
+    with pytest.raises(ValueError, match="isn't of the text alone"):
+        model.generate(PROMPT, assistant_model=similar_model(model), judge=top_k, max_new_tokens=5)
+    parts = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 32, "num_kv_shared_layers": 0}
+    parts |= {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8, "laurel_rank": 4}
+    parts |= {"altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 2, "intermediate_size": [64] * 2}
+    model = decoder("gemma3n_text", **{**SMALL, **parts}, num_key_value_heads=2, head_dim=16)
+    with pytest.raises(ValueError, match="assistant_early_exit.*no embeddings of their own"):
+        model.generate(PROMPT, assistant_early_exit=1, judge=top_k, max_new_tokens=5)
+
+
+def test_a_threshold_that_was_set_wrongly(random_pair, top_k):
+    model, assistant = random_pair
+    for wrong in (5, float("nan"), "1 point", None):
+        top_k.config.threshold = wrong
+        with pytest.raises(ValueError, match=r"`judge.config.threshold` must be a number in \[0, 1\]"):
+            model.generate(PROMPT, assistant_model=assistant, judge=top_k, max_new_tokens=5)
+    judge = AutoJudge.from_config(JudgeConfig(judge_type="rule", important_token_ids=[7, 99]))
+    with pytest.raises(ValueError, match=r"has \[99\], which aren't among the target's 32 tokens"):
+        model.generate(PROMPT, assistant_model=assistant, judge=judge, max_new_tokens=5)
+
+
 def test_models_that_count_positions_their_own_way(top_k):
     """RoBERTa starts behind its padding token unless it is told; BART can't be told, and lacks some of its layers."""
     sizes = {"d_model": 32, "decoder_layers": 2, "encoder_layers": 5, "decoder_attention_heads": 2}

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 
@@ -52,3 +52,21 @@ class Task(ABC):
     def equivalent(self, answer: Any, reference: Any) -> bool:
         """Whether `answer` means the same as the target's own `reference`. `None` is equivalent to nothing."""
         return answer is not None and reference is not None and answer == reference
+
+
+def checked_examples(dataset: Iterable[Mapping[str, Any]], task: Task) -> list[Mapping[str, Any]]:
+    """The examples of a dataset, as a list.
+
+    Raises:
+        ValueError: where they aren't examples, or the task isn't one.
+    """
+    if not isinstance(task, Task):
+        raise ValueError(f"`task` must be a task, such as `GSM8K()`, got {task!r:.50}.")
+    examples = list(dataset)
+    for example in examples:
+        if not isinstance(example, Mapping):
+            raise ValueError(
+                f"`dataset` must hold examples, mappings of fields, got {example!r:.50}. Of a `DatasetDict`, pass one "
+                "split; of examples, a list."
+            )
+    return examples
