@@ -183,10 +183,12 @@ def test_a_lookup_never_offers_what_is_forbidden(random_pair):
     judge = AutoJudge.from_config(JudgeConfig(hidden_size=32))
     judge.load_state_dict({"weight": torch.zeros(32), "bias": torch.tensor([-9.0])})
     options = {"do_sample": False, "max_new_tokens": 24, "prompt_lookup_num_tokens": 3, "judge": judge}
-    prompt = torch.tensor(REPETITIVE[:1])
-    free = model.generate(prompt, **options)[0, prompt.shape[1] :].tolist()
-    assert 14 in free
-    assert 14 not in model.generate(prompt, suppress_tokens=[14], **options)[0, prompt.shape[1] :].tolist()
+    # Whatever comes, 7 has followed it.
+    prompt = torch.tensor([[token for other in range(1, 32) if other != 7 for token in (other, 7)]])
+    options["max_matching_ngram_size"] = 1
+    for suppressed, comes in (([8], True), ([7], False)):
+        output = model.generate(prompt, suppress_tokens=suppressed, **options)
+        assert (7 in output[0, prompt.shape[1] :].tolist()) == comes
 
 
 def test_adaptive_length_reacts_to_a_judge(random_pair, top_k):

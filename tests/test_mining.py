@@ -261,7 +261,7 @@ def test_algorithm_1_on_random_models_under_instruct_configs(random_pair):
 def test_a_candidate_may_end_the_response():
     """Then nothing follows it, and the answer is that of the text so far."""
     candidates = []
-    for eos in (2, 9, 17, 25):
+    for eos in (7, 12, 21, 28):
         model = random_llama(eos_token_id=[eos])
         pair = model, similar_model(model)
         rows = mine_random(pair, EXAMPLES[:6])

@@ -327,7 +327,7 @@ def test_a_folder_that_is_saved_to_again_is_loaded_again(random_pair, tmp_path):
         judge.config.threshold = threshold
         judge.save_pretrained(tmp_path / "judge")
         options = {"custom_generate": str(tmp_path / "judge"), "trust_remote_code": True, "do_sample": False}
-        options |= {"max_new_tokens": 20, "return_dict_in_generate": True}
+        options |= {"max_new_tokens": 60, "return_dict_in_generate": True}
         accepted.append(model.generate(PROMPT, assistant_model=assistant, **options).num_judge_accepted.item())
     assert accepted[1] == 0 < accepted[0] == accepted[2]
 

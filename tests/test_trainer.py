@@ -291,8 +291,13 @@ def test_config_and_card_name_the_pair(tmp_path):
     assert (config.assistant_model_name_or_path, config.task) == ("org/draft", "made-up")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "org/target" in card and f"{ours.state.best_metric:.3f}" in card
-    labels = [*ours.train_dataset["label"], *ours.eval_dataset["label"]]
-    assert config.training["Important"] == f"{np.mean(labels):.1%}" != f"{np.mean(ours.train_dataset['label']):.1%}"
+
+
+def test_the_cards_share_is_of_all_rows(tmp_path):
+    train, held_out = (made_up(label=(np.arange(480) % n == 0).astype(int)) for n in (8, 2))
+    ours = trainer(tmp_path, train, held_out, C_grid=[0.1])
+    ours.train()
+    assert ours.judge.config.training["Important"] == "31.2%"  # 60 and 240 of 960
 
 
 def test_refusals(tmp_path, caplog):
@@ -304,7 +309,7 @@ def test_refusals(tmp_path, caplog):
         (made_up(label=np.zeros(480, dtype=int)), "no important"),
         (made_up(label=np.ones(480, dtype=int)), "no unimportant"),
         (good.select(range(3)), "of one example"),
-        (good.select(range(16)), "hold no"),
+        (made_up(num_examples=2, label=np.repeat([0, 1], 8)), "hold no"),
         (good[:], "must be a `datasets.Dataset`.*got dict"),
         (None, "`train_dataset` must be a `datasets.Dataset`.*got NoneType"),
         (made_up(features=np.zeros((480, 8), dtype=np.float32)), r"Expected 16 features.*\[8\]"),
