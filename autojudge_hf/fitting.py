@@ -44,9 +44,9 @@ def fit_judges(
     scaler, scaled = StandardScaler(), np.empty_like(features)
     parts = [slice(start, start + SCALED_ROWS) for start in range(0, len(features), SCALED_ROWS)]
     for part in parts:
-        scaler.partial_fit(features[part])
+        scaler.partial_fit(features[part].astype(np.float64))
     for part in parts:
-        scaled[part] = scaler.transform(features[part])
+        scaled[part] = scaler.transform(features[part].astype(np.float64))
     classifier, fits = _classifier(args), {}
     # From the strongest penalty on: a logistic regression starts where the one before ended.
     for c in tqdm(sorted(C_grid), desc=progress, unit="fit", disable=progress is None):

@@ -516,23 +516,25 @@ def test_counts_add_up(random_pair, linear_judge):
     assert output.summary().startswith(f"{(committed - 1).item() / cycles:.1f} tokens per cycle: {cycles} cycles")
 
 
-def test_counts_where_a_criterion_ends_a_block(random_pair, top_k):
+@pytest.mark.parametrize("threshold", [0.0, 0.7])
+def test_counts_where_a_criterion_ends_a_block(random_pair, top_k, threshold):
     """What it cuts off was neither accepted nor rejected."""
     model, assistant = random_pair
     options = {"do_sample": False, "max_new_tokens": 40, "assistant_model": assistant, "judge": top_k}
-    options |= {"num_assistant_tokens": 6, "return_dict_in_generate": True, "judge_threshold": 0.7}
+    options |= {"num_assistant_tokens": 6, "return_dict_in_generate": True, "judge_threshold": threshold}
     free = model.generate(PROMPT, **options)
-    lengths = set()
+    seen, rejected = set(), 0
     for n in range(8, 47):
         criteria = StoppingCriteriaList([lambda ids, scores, n=n: torch.tensor([ids.shape[1] >= n])])
         output = model.generate(PROMPT, stopping_criteria=criteria, **options)
         assert torch.equal(output.sequences, free.sequences[:, :n])
         told = 1 + output.num_target_forwards + output.num_matches + output.num_judge_accepted
-        # A cycle that is cut off lacks the target's own token.
+        # A cycle that is cut off lacks the target's own token, and the mismatch that would have ended it.
         is_cut = told.item() - (n - 7)
-        lengths.add(is_cut)
-        assert is_cut in (0, 1) and output.num_judge_rejected <= output.num_target_forwards - is_cut
-    assert lengths == {0, 1}
+        seen.add(is_cut)
+        assert not is_cut or output.num_judge_rejected == rejected
+        rejected = output.num_judge_rejected.item()
+    assert seen == {0, 1}
 
 
 def test_draft_length_keyword_and_default(random_pair, top_k):

@@ -14,6 +14,7 @@ import torch
 
 from autojudge_hf import AutoJudge, JudgeTrainer, JudgeTrainingArguments
 from autojudge_hf.configuration import GREEDY_SETTINGS
+from autojudge_hf.verification import harmless
 
 
 PAIR = {
@@ -211,17 +212,17 @@ def test_features_far_from_zero(tmp_path):
     """The scaler's mean goes into the bias, which must subtract what the weights as stored add up to."""
     rows = made_up()
     features = np.array(rows["features"][:], dtype=np.float32)
-    features = (features - features.mean(0)) / features.std(0) + 1e5
+    features = (features - features.mean(0)) / features.std(0) + 1e6
     ours = trainer(tmp_path, made_up(features=features.astype(np.float32)), C_grid=[1.0])
     ours.train()
     from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    x, y = ours._train
-    scaler = StandardScaler().fit(x.astype(np.float64))
-    theirs = LogisticRegression(max_iter=2000, tol=1e-8).fit(scaler.transform(x.astype(np.float64)), y)
-    expected = theirs.decision_function(scaler.transform(x.astype(np.float64)))
-    np.testing.assert_allclose(ours.judge.decision_function(torch.from_numpy(x)).numpy(), expected, atol=2e-2)
+    x, y = ours._train[0].astype(np.float64), ours._train[1]
+    theirs = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(x, y)
+    scores = ours.judge.decision_function(torch.from_numpy(ours._train[0])).numpy()
+    np.testing.assert_allclose(scores, theirs.decision_function(x), atol=2e-3)
 
 
 def test_folds_with_one_kind_are_refused(tmp_path):
@@ -255,6 +256,11 @@ def test_threshold_is_the_highest_with_the_recall(tmp_path, recall):
     # One notch higher would miss it.
     higher = np.sort(scores[(labels == 1) & (scores >= metrics["eval_threshold"])])[0]
     assert (scores[labels == 1] > higher).mean() < recall
+    # Whichever way the comparison rounds.
+    logits = ours.judge.decision_function(torch.from_numpy(ours._eval[0][labels == 1]))
+    for share in np.linspace(0.01, 1, 100):
+        ours.args.recall = share
+        assert (~harmless(logits, ours._threshold_by_recall())).double().mean() >= share
 
 
 def test_compute_metrics(tmp_path):
