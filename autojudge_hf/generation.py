@@ -207,10 +207,11 @@ def judge_decoding(
         blocks, finished = [], []
         outcomes = verification.on_host(candidate_ids, is_harmless, lengths, stop.eos_token_ids)
         for j, (block, judged, n) in enumerate(outcomes):
-            num_kept, done = stop(rows, j, block, kept.scores(rows.active[j], processed[j, : len(block)]))
+            row = rows.active[j]
+            scores = kept.scores(row, processed[j, : len(block)]) if stop.others else None
+            num_kept, done = stop(rows, j, block, scores)
             blocks.append(block[:num_kept])
             finished.append(done)
-            row = rows.active[j]
             kept.add(row, num_kept, processed, logits, outputs.hidden_states, j)
             if not prefill:
                 judged = judged[:num_kept]
