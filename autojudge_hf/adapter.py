@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
@@ -14,15 +14,25 @@ from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriter
 from .generation import judge_decoding
 
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
 def install_judge_argument() -> None:
-    """Teaches `GenerationMixin.generate` the `judge` argument. Does nothing the second time."""
-    if not getattr(GenerationMixin.generate, "_wraps_judge", False):
-        GenerationMixin.generate = _with_judge(GenerationMixin.generate)
+    """Teaches `GenerationMixin.generate` the `judge` argument; once, however often the library is imported."""
+    generate = GenerationMixin.generate
+    wrapper = getattr(generate, "_with_judge", None)
+    if wrapper is None:
+        GenerationMixin.generate = _with_judge(generate)
+    elif wrapper is generate and generate.__globals__ is not globals():
+        # Of a library that was imported before, whose classes are others.
+        GenerationMixin.generate = _with_judge(generate.__wrapped__)
 
 
 def _with_judge(generate):
     """Wraps `GenerationMixin.generate`: takes `judge`, and without one runs the original untouched."""
-    signature = inspect.signature(generate)
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    names = [name for name, parameter in inspect.signature(generate).parameters.items() if parameter.kind in kinds]
 
     @functools.wraps(generate)
     def wrapper(self, *args, judge=None, **kwargs):
@@ -31,24 +41,24 @@ def _with_judge(generate):
         options = {name: kwargs.pop(name, None) for name in ("judge_threshold", "num_assistant_tokens")}
         if kwargs.pop("custom_generate", None) is not None:
             raise ValueError("Pass either `judge` or `custom_generate`: each brings its own decoding loop.")
-        arguments = signature.bind(self, *args, **kwargs).arguments
-        extra = arguments.pop("kwargs", {})
-        if arguments.get("synced_gpus"):
+        # (A wrapper of somebody else's may have no names for what it passes on.)
+        kwargs |= dict(zip(names[1:], args))
+        args = args[len(names[1:]) :]
+        if kwargs.get("synced_gpus"):
             raise ValueError("Judge decoding doesn't support `synced_gpus`: ranks differ in their number of forwards.")
-        _check_models(self, arguments.get("assistant_model"))
-        _check_tokenizers(extra)
-        _stop_strings_to_criterion(arguments, extra)
+        _check_models(self, kwargs.get("assistant_model"))
+        _check_tokenizers(kwargs)
+        _stop_strings_to_criterion(self, kwargs)
         decode = functools.partial(
             judge_decoding,
             judge=judge,
-            assistant_model=arguments.get("assistant_model"),
-            streamer=arguments.get("streamer"),
+            assistant_model=kwargs.get("assistant_model"),
+            streamer=kwargs.get("streamer"),
             **options,
         )
-        # `self` first: decorators of `generate` look for it there.
-        return generate(arguments.pop("self"), **arguments, custom_generate=decode, **extra)
+        return generate(self, *args, **kwargs, custom_generate=decode)
 
-    wrapper._wraps_judge = True
+    wrapper._with_judge = wrapper
     return wrapper
 
 
@@ -63,12 +73,12 @@ def _check_models(model: Any, assistant_model: Any) -> None:
         )
 
 
-def _check_tokenizers(extra: dict[str, Any]) -> None:
+def _check_tokenizers(kwargs: dict[str, Any]) -> None:
     """One tokenizer for both models: `assistant_tokenizer` may be passed, but not be another one."""
-    assistant_tokenizer = extra.pop("assistant_tokenizer", None)
+    assistant_tokenizer = kwargs.pop("assistant_tokenizer", None)
     if assistant_tokenizer is None:
         return
-    tokenizer = extra.get("tokenizer")
+    tokenizer = kwargs.get("tokenizer")
     if tokenizer is None or tokenizer.get_vocab() != assistant_tokenizer.get_vocab():
         raise ValueError(
             "Judge decoding doesn't support pairs with different tokenizers: expected `assistant_tokenizer` to have "
@@ -78,20 +88,20 @@ def _check_tokenizers(extra: dict[str, Any]) -> None:
         )
 
 
-def _stop_strings_to_criterion(arguments: dict[str, Any], extra: dict[str, Any]) -> None:
+def _stop_strings_to_criterion(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     """Makes stop strings a stopping criterion: `generate` loses the tokenizer on the way to a custom loop."""
-    own = arguments["self"].generation_config
-    config = arguments.get("generation_config") or own
+    own = model.generation_config
+    config = kwargs.get("generation_config") or own
     # As `generate` merges them: what the call says, be it None, then its config, then the model's.
-    stop_strings = extra.get("stop_strings", config.stop_strings or own.stop_strings)
+    stop_strings = kwargs.get("stop_strings", config.stop_strings or own.stop_strings)
     if not stop_strings:
         return
-    tokenizer = extra.get("tokenizer")
+    tokenizer = kwargs.get("tokenizer")
     if tokenizer is None:
         raise ValueError(f"`stop_strings={stop_strings!r}` needs the `tokenizer`: pass it to `generate` too.")
     if config.stop_strings is not None:
-        arguments["generation_config"] = config = copy.deepcopy(config)
+        kwargs["generation_config"] = config = copy.deepcopy(config)
         config.stop_strings = None
-    extra["stop_strings"] = None  # or the model's own config would bring them back
-    criteria = arguments.get("stopping_criteria") or []
-    arguments["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, stop_strings)])
+    kwargs["stop_strings"] = None  # or the model's own config would bring them back
+    criteria = kwargs.get("stopping_criteria") or []
+    kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, stop_strings)])

@@ -199,7 +199,8 @@ def give_fixed_cache_back(model: PreTrainedModel, cache: FixedCache) -> None:
 
 def _circumstances(model: PreTrainedModel, num_rows: int) -> tuple:
     """What keys and values depend on: shape, place, dtype, and whether they may be written to."""
-    return num_rows, model.device, model.dtype, torch.is_inference_mode_enabled()
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    return num_rows, num_layers, model.device, model.dtype, torch.is_inference_mode_enabled()
 
 
 def _has_fixed_shapes(model: PreTrainedModel) -> bool:

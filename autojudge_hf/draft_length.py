@@ -94,8 +94,9 @@ class AdaptiveDraftLength:
             setattr(self, name, self.MEMORY * getattr(self, name))
         self._accepted += sum(accepted) / len(lengths)
         self._rejected += sum(a < n for a, n in zip(accepted, lengths)) / len(lengths)
-        self._draft += math.log(draft / max(lengths))
-        self._verify += math.log(verify)
+        # (A clock may stand still.)
+        self._draft += math.log(max(draft, 1e-9) / max(lengths))
+        self._verify += math.log(max(verify, 1e-9))
         self._cycles += 1.0
         self.value = max(self.lengths, key=self._tokens_per_second)
 

@@ -86,7 +86,7 @@ def cached_forward(
 
     Returns:
         [`Pass`]; behind a [`FixedCache`] of tensors of its own, else of inference tensors (on small models that is a
-        tenth faster than `no_grad`).
+        tenth faster than `no_grad`; what a hook keeps of such a forward can't be trained on).
     """
     if isinstance(cache, FixedCache):
         return _fixed_forward(model, tokens, cache, attention_mask, num_logits, output_states, output_hidden_states)
