@@ -2,6 +2,7 @@
 """Judge decoding for Hugging Face models. Importing this teaches `generate` the argument `judge`."""
 
 from .adapter import install_judge_argument
+from .auto import AutoJudge
 from .calibration import calibrate_threshold
 from .configuration import JudgeConfig
 from .dataset_card import push_mismatches_to_hub
@@ -10,7 +11,6 @@ from .generation import JudgeDecoderOnlyOutput, judge_decoding
 from .mined_features import compute_features, select_features
 from .mining import mine_mismatches
 from .modeling import (
-    AutoJudge,
     EntropyJudge,
     Judge,
     KLJudge,

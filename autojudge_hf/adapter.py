@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def install_judge_argument() -> None:
     """Teaches `GenerationMixin.generate` the `judge` argument; once, however often the library is imported."""
     generate = GenerationMixin.generate
-    wrapper = getattr(generate, "_with_judge", None)
+    wrapper = getattr(generate, "_wraps_judge", None)
     if wrapper is None:
         GenerationMixin.generate = _with_judge(generate)
     elif wrapper is generate and generate.__globals__ is not globals():
@@ -58,7 +58,7 @@ def _with_judge(generate):
         )
         return generate(self, *args, **kwargs, custom_generate=decode)
 
-    wrapper._with_judge = wrapper
+    wrapper._wraps_judge = wrapper
     return wrapper
 
 

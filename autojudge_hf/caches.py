@@ -273,10 +273,15 @@ def rewind(cache: Cache, removed: Sequence[int]) -> None:
     cache.crop(-least)
 
 
-def as_normal_tensors(cache: Cache) -> None:
-    """Makes what was computed in inference mode usable anywhere: others may go on with the cache."""
+def leave_behind(cache: Cache, length: int) -> None:
+    """Leaves a cache of one row for others to go on with: `length` tokens at most, outside of inference mode.
+
+    It holds more where a call was broken off, in some of its layers if that was in a forward.
+    """
     for layer in cache.layers:
         if layer.get_seq_length() > 0:
+            if (excess := layer.get_seq_length() - length) > 0:
+                layer.crop(-excess)
             layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
 
 

@@ -26,6 +26,22 @@ logger = logging.getLogger(__name__)
 
 # Pairs with one tokenizer pad its vocabulary to different sizes, Qwen2.5's by 128. Tokenizers differ by more.
 LARGEST_PADDING = 1024
+#: Settings of a `GenerationConfig` that ask for another way of decoding: what turns each off besides `None`, and what
+#: it is called. Some are younger than the oldest transformers this runs on.
+REFUSED_SETTINGS = {
+    "num_beams": (1, "beam search"),
+    "num_return_sequences": (1, "`num_return_sequences` above 1"),
+    "penalty_alpha": (0, "contrastive search (`penalty_alpha`)"),
+    "dola_layers": (None, "`dola_layers`"),
+    "constraints": (None, "`constraints`"),
+    "force_words_ids": (None, "`force_words_ids`"),
+    "guidance_scale": (1, "`guidance_scale`"),
+    "watermarking_config": (None, "watermarks"),
+    "output_attentions": (False, "`output_attentions`"),
+    "use_mtp": (False, "`use_mtp`"),
+    "speculation_type": (None, "`speculation_type`"),
+    "assistant_ensemble_weight": (None, "`assistant_ensemble_weight`"),
+}
 # These reckon positions from the mask, or from distances alone.
 ALIBI = ("bloom", "mpt")
 # XLM and CPM-Ant add tokens that nobody passes; Moshi forgets what leaves its window, and its mask doesn't say so.
@@ -206,28 +222,18 @@ def check_supported(
         "batches of models whose `forward` takes no `position_ids`": len(input_ids) > 1
         and not all("position_ids" in forward_parameters(m) or m.config.model_type in ALIBI for m in models),
         "streamers with several prompts": len(input_ids) > 1 and streamer is not None,
-        "beam search": (config.num_beams or 1) > 1,
-        "`num_return_sequences` above 1": (config.num_return_sequences or 1) > 1,
-        "contrastive search (`penalty_alpha`)": bool(getattr(config, "penalty_alpha", None)),
-        "`dola_layers`": getattr(config, "dola_layers", None) is not None,
-        "`constraints` or `force_words_ids`": any(
-            getattr(config, name, None) is not None for name in ("constraints", "force_words_ids")
-        ),
-        "`guidance_scale`": config.guidance_scale not in (None, 1),
-        "watermarks": config.watermarking_config is not None,
         "`use_cache=False`": cache is None,
         f"the cache {type(cache).__name__}": not is_static and cache is not None and type(cache) is not DynamicCache,
         f"the cache's {', '.join(layers)}": bool(layers),
         "offloaded caches": bool(getattr(cache, "offloading", False)),
-        "`output_attentions`": bool(config.output_attentions),
         "`cache_implementation='static'` with `assistant_early_exit`": is_static and bool(config.assistant_early_exit),
         f"two drafters at once ({', '.join(given)})": len(given) > 1,
-        "`use_mtp`": bool(getattr(config, "use_mtp", None)),
-        "`speculation_type`": getattr(config, "speculation_type", None) is not None,
-        "`assistant_ensemble_weight`": getattr(config, "assistant_ensemble_weight", None) is not None,
         f"the model inputs {other}": bool(other),
     }
     refused = [reason for reason, applies in reasons.items() if applies]
+    for name, (off, reason) in REFUSED_SETTINGS.items():
+        if getattr(config, name, None) not in (None, off):
+            refused.append(reason)
     if refused:
         raise ValueError("Judge decoding doesn't support " + "; nor ".join(refused) + ".")
     if assistant_model is not None and abs(vocab_size(model) - vocab_size(assistant_model)) > LARGEST_PADDING:

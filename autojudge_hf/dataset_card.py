@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from .configuration import public_name
 from .hub import create_repo, push_folder
+from .mined_examples import pair_of
 from .model_card import TAGS, TEMPLATES, is_hub_id, model_text, plain, settings_text
 
 
@@ -45,7 +45,7 @@ def push_mismatches_to_hub(
         OSError: where the Hub refuses or can't be reached; the repository stays as it was, a new one empty.
         ValueError: for rows of several minings, or none; and where the Hub finds fault with the card.
     """
-    pair = _pair(mined)
+    pair = pair_of(mined)
     repo_id = create_repo(repo_id, private=private, token=token, repo_type="dataset")
     card = render_dataset_card(mined, pair, repo_id, license=license, dataset=dataset)
     with tempfile.TemporaryDirectory() as folder:
@@ -84,10 +84,3 @@ def render_dataset_card(
             has_features=features is not None,
         )
     )
-
-
-def _pair(mined: datasets.Dataset) -> dict[str, Any]:
-    pairs = mined.with_format("arrow")["pair"][:].unique().to_pylist()
-    if len(pairs) != 1:
-        raise ValueError(f"Expected the rows of one mining, got rows of {len(pairs)}.")
-    return json.loads(pairs[0])

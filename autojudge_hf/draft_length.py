@@ -20,6 +20,13 @@ ADAPTIVE = "adaptive"
 DEFAULT_DRAFT_LENGTH = 20  # what stock `generate` falls back to
 
 
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class FixedDraftLength:
     """Always the same number.
 
@@ -75,10 +82,7 @@ class AdaptiveDraftLength:
         self._draft, self._verify, self._cycles = 0.0, 0.0, 0.0
 
     def now(self, device: torch.device) -> float:
-        """Seconds, once the device has done what it was told to."""
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
+        return clock(device)
 
     def update(self, lengths: Sequence[int], accepted: Sequence[int], draft: float, verify: float) -> None:
         """Learns from a cycle, and sets `value` for the next.

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from .checks import check_is_judge, checked_judge
+from .draft_length import clock
 from .forward import eos_token_ids
 from .generation import JudgeDecoderOnlyOutput, judge_decoding
 from .rows import left_padded
@@ -141,11 +141,9 @@ def measure_decoding(
         inputs = _inputs(model, tokenizer, [prompts[i] for i in batch])
         if number == 0:
             decode(inputs)
-        _synchronize(model)
-        started = time.perf_counter()
+        started = clock(model.device)
         responses, forwards, decisions = decode(inputs)
-        _synchronize(model)
-        seconds += time.perf_counter() - started
+        seconds += clock(model.device) - started
         is_counted = decisions is not None
         for i, response, num_cycles in zip(batch, responses, forwards):
             # Where cycles are counted, the prefill isn't one, and its token is free.
@@ -232,21 +230,14 @@ def evaluation_summary(
     return summary
 
 
-def paired_interval(
-    first: Sequence[bool],
-    second: Sequence[bool],
-    *,
-    confidence: float = 0.95,
-    num_samples: int = 10_000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Bootstrap interval of `mean(first) - mean(second)` over the same examples, 95 % by default."""
+def paired_interval(first: Sequence[bool], second: Sequence[bool]) -> tuple[float, float]:
+    """95 % bootstrap interval of `mean(first) - mean(second)` over the same examples."""
     difference = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     # The mean of a bootstrap sample only depends on how often each value is drawn.
     values, counts = np.unique(difference, return_counts=True)
-    draws = rng.multinomial(len(difference), counts / len(difference), size=num_samples)
-    low, high = np.quantile(draws @ values / len(difference), [(1 - confidence) / 2, (1 + confidence) / 2])
+    draws = rng.multinomial(len(difference), counts / len(difference), size=10_000)
+    low, high = np.quantile(draws @ values / len(difference), [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -306,8 +297,3 @@ def _trimmed(response: list[int], eos: set[int]) -> list[int]:
     """Without the padding behind the first EOS token."""
     ends = [i for i, token in enumerate(response) if token in eos]
     return response[: ends[0] + 1] if ends else response
-
-
-def _synchronize(model: PreTrainedModel) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)

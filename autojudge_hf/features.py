@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from .configuration import JudgeConfig
+
 
 class JudgeInputs(NamedTuple):
     """All that verification knows of k candidates in b rows.
@@ -33,10 +35,8 @@ def judge_inputs(
     target_logits: torch.Tensor,
     target_states: torch.Tensor | None,
     assistant_states: torch.Tensor | None,
-    state_position: str,
-    with_logit_features: bool = False,
-    assistant_logits: torch.Tensor | None = None,
-    with_assistant_logit_features: bool = False,
+    assistant_logits: torch.Tensor | None,
+    config: JudgeConfig,
 ) -> JudgeInputs:
     """Selects and joins what belongs to each candidate.
 
@@ -47,22 +47,20 @@ def judge_inputs(
         target_states (`torch.FloatTensor` of shape `(b, k + 1, h)`, *optional*): the target's last hidden states at
             the same positions.
         assistant_states (`torch.FloatTensor` of shape `(b, k + 1, h_a)`, *optional*): the assistant's.
-        state_position (`str`): `"candidate"` takes the states that encode the candidates (the last k positions),
-            `"previous"` those that predicted them (the first k), `"both"` joins these two, the previous one first.
-        with_logit_features (`bool`, *optional*, defaults to `False`): whether `logit_features` follow the states.
         assistant_logits (`torch.FloatTensor` of shape `(b, k, v)`, *optional*): what the draft was made from.
-        with_assistant_logit_features (`bool`, *optional*, defaults to `False`): whether `assistant_logit_features`
-            come last.
+        config ([`JudgeConfig`]): which of these the judge reads, and at which positions.
     """
     k = candidate_ids.shape[1]
     previous, candidate = slice(0, k), slice(1, k + 1)
-    positions = {"candidate": [candidate], "previous": [previous], "both": [previous, candidate]}[state_position]
+    positions = {"candidate": [candidate], "previous": [previous], "both": [previous, candidate]}[
+        config.state_position
+    ]
     given = [states for states in (assistant_states, target_states) if states is not None]
     device = candidate_ids.device
     states = [states[:, at].to(device, torch.float32) for states in given for at in positions]
-    if with_logit_features:
+    if config.logit_features:
         states.append(logit_features(candidate_ids, target_logits[:, :k]))
-    if with_assistant_logit_features:
+    if config.assistant_logit_features:
         states.append(assistant_logit_features(candidate_ids, target_logits[:, :k], assistant_logits))
     features = torch.cat(states, dim=-1) if states else torch.empty(*candidate_ids.shape, 0, device=device)
     return JudgeInputs(candidate_ids, target_logits[:, :k], features, assistant_logits)
@@ -86,6 +84,11 @@ def logit_features(candidate_ids: torch.LongTensor, target_logits: torch.Tensor)
     return torch.cat([candidate, margin, num_better.log1p(), entropy(log_p)[..., None]], dim=-1)
 
 
+def of_candidates(values: torch.Tensor, candidate_ids: torch.LongTensor) -> torch.Tensor:
+    """The candidates' own entries, `(b, k, v)` to `(b, k)`."""
+    return values.gather(2, candidate_ids[..., None]).squeeze(2)
+
+
 def entropy(log_p: torch.Tensor) -> torch.Tensor:
     """In nats, of distributions given as logarithms: `(..., v)` to `(...)`."""
     # Zero times minus infinity is no number. (`torch.special.entr` knows, and takes twice as long on a CPU.)
@@ -104,7 +107,7 @@ def assistant_logit_features(
         candidate_ids (`torch.LongTensor` of shape `(b, k)`).
         target_logits, assistant_logits (`torch.FloatTensor` of shape `(b, k, v)`).
     """
-    candidate = assistant_logits.log_softmax(dim=-1).gather(2, candidate_ids[..., None]).squeeze(2)
+    candidate = of_candidates(assistant_logits.log_softmax(dim=-1), candidate_ids)
     return torch.stack([candidate, kl_divergence(target_logits, assistant_logits)], dim=-1)
 
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.generation import GenerateDecoderOnlyOutput
 
 from .caches import (
     CACHE_NAME,
     FixedCache,
-    as_normal_tensors,
     give_fixed_cache_back,
+    leave_behind,
     num_cached,
     rewind,
     rewindable_cache,
@@ -27,6 +25,7 @@ from .checks import check_supported, checked_draft_length, checked_judge, warn_o
 from .draft_length import draft_schedule
 from .forward import cached_forward, first_layers, max_positions
 from .judging import Judging
+from .outputs import JudgeDecoderOnlyOutput, KeptOutputs
 from .rows import RowProcessors, Rows, StopRule
 from .verification import verify_greedy, verify_sampled
 
@@ -39,42 +38,6 @@ if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
     from .modeling import Judge
-
-
-COUNTS = ("num_target_forwards", "num_candidates", "num_matches", "num_judge_accepted", "num_judge_rejected")
-
-
-@dataclass
-class JudgeDecoderOnlyOutput(GenerateDecoderOnlyOutput):
-    """What `generate(..., judge=, return_dict_in_generate=True)` returns: stock fields, and five counts per row.
-
-    A response's first token comes from the prefill. Every verification cycle then commits its accepted candidates
-    and one token of the target's own, unless the response ends within the cycle's candidates.
-
-    Args:
-        num_target_forwards (`torch.LongTensor` of shape `(batch_size,)`): verification cycles, prefill not counted.
-        num_candidates (`torch.LongTensor` of shape `(batch_size,)`): tokens that the assistant proposed.
-        num_matches (`torch.LongTensor` of shape `(batch_size,)`): committed because the target agreed.
-        num_judge_accepted (`torch.LongTensor` of shape `(batch_size,)`): committed because the judge called the
-            mismatch harmless.
-        num_judge_rejected (`torch.LongTensor` of shape `(batch_size,)`): mismatches that ended their cycle, where the
-            rest of the candidates was dropped unseen. Without a judge, all of those met.
-    """
-
-    num_target_forwards: torch.LongTensor | None = None
-    num_candidates: torch.LongTensor | None = None
-    num_matches: torch.LongTensor | None = None
-    num_judge_accepted: torch.LongTensor | None = None
-    num_judge_rejected: torch.LongTensor | None = None
-
-    def summary(self) -> str:
-        """One line for a reader: what the whole batch's drafts came to."""
-        cycles, candidates, matched, judged, rejected = (int(getattr(self, name).sum()) for name in COUNTS)
-        dropped = candidates - matched - judged - rejected
-        return (
-            f"{(cycles + matched + judged) / max(1, cycles):.1f} tokens per cycle: {cycles} cycles, {candidates} "
-            f"candidates, {matched} matched, {judged} accepted by the judge, {rejected} rejected and {dropped} behind"
-        )
 
 
 @torch.no_grad()
@@ -128,9 +91,8 @@ def judge_decoding(
         assistant_model = first_layers(model, generation_config.assistant_early_exit)
     threshold = checked_judge(judge, judge_threshold, model, assistant_model, generation_config)
 
-    is_static = generation_config.cache_implementation == "static"
     judging = Judging(judge, threshold, input_ids.device)
-    circumstances = (judging.judge and judge.judge_type, threshold, len(input_ids))
+    circumstances = (judging.judge and judge.judge_type, round(threshold, 2), len(input_ids))
     draft_length = draft_schedule(num_assistant_tokens, model, own_assistant, generation_config, circumstances)
     rows = Rows(input_ids, model_kwargs.get("attention_mask"))
     stop = StopRule(stopping_criteria, input_ids)
@@ -138,7 +100,7 @@ def judge_decoding(
     limits = [max_positions(m) for m in (model, assistant_model) if m is not None]
     max_length = min((limit for limit in limits if limit), default=math.inf)
     cache, assistant_cache = model_kwargs[CACHE_NAME], None
-    if is_static:
+    if generation_config.cache_implementation == "static":
         budget = max(stop.max_new_tokens)
         fixed = functools.partial(_fixed_or_growing, len(input_ids), generation_config)
         longest = input_ids.shape[1] + budget
@@ -163,94 +125,100 @@ def judge_decoding(
             output_logits=judging.reads_assistant_logits,
             cache=assistant_cache,
         )
-    kept = _Kept(generation_config, len(input_ids))
-    counts = [[0] * len(COUNTS) for _ in range(len(input_ids))]
+    kept = KeptOutputs(generation_config, len(input_ids))
 
-    prefill = True
-    while rows.active:
-        started = draft_length.now(model.device)
-        # The first cycle is the prefill: no candidates, the target's first token.
-        sequence, assistant_logits, room = rows.input_ids, None, [0] * len(rows.active)
-        if not prefill:
-            # A cycle commits one token more than it has candidates, and the newest one needs no position yet.
-            room = [stop.room(rows, j) - 1 for j in range(len(rows.active))]
-            longest_draft = min(draft_length.value, max(room), max(0, max_length - max(rows.lengths)))
-            process = functools.partial(processors, rows, room) if any(processors.processors) else None
-            sequence, assistant_logits = drafter.get_candidates(sequence, rows.attention_mask, longest_draft, process)
-        drafted = draft_length.now(model.device)
-        candidate_ids = sequence[:, rows.input_ids.shape[1] :]
-        k = candidate_ids.shape[1]
-
-        attention_mask = rows.attention_mask
-        if attention_mask is not None:
-            attention_mask = torch.nn.functional.pad(attention_mask, (0, k), value=1)
-        outputs = cached_forward(
-            model,
-            sequence[:, num_cached(cache) :],
-            cache,
-            attention_mask,
-            num_logits=k + 1,
-            output_states=judging.reads_target and k > 0,
-            output_hidden_states=kept.hidden_states is not None,
-        )
-        logits = outputs.logits[:, -k - 1 :].to(input_ids.device, torch.float32)
-        lengths = [min(k, *limits) for limits in zip(room, drafter.lengths or room)]
-        processed = processors(rows, lengths, candidate_ids, logits)
-        if generation_config.do_sample:
-            verification = verify_sampled(candidate_ids, processed, assistant_logits, lengths)
-        else:
-            verification = verify_greedy(candidate_ids, processed)
-
-        is_harmless = None
-        if judging.wants(verification.matches):
-            is_harmless = judging(candidate_ids, processed, outputs.states, drafter.states, assistant_logits, cache)
-        blocks, finished = [], []
-        outcomes = verification.on_host(candidate_ids, is_harmless, lengths, stop.eos_token_ids)
-        for j, (block, judged, n) in enumerate(outcomes):
-            row = rows.active[j]
-            scores = kept.scores(row, processed[j, : len(block)]) if stop.others else None
-            num_kept, done = stop(rows, j, block, scores)
-            blocks.append(block[:num_kept])
-            finished.append(done)
-            kept.add(row, num_kept, processed, logits, outputs.hidden_states, j)
+    try:
+        prefill = True
+        while rows.active:
+            started = draft_length.now(model.device)
+            # The first cycle is the prefill: no candidates, the target's first token.
+            sequence, assistant_logits, room = rows.input_ids, None, [0] * len(rows.active)
             if not prefill:
-                judged = judged[:num_kept]
-                rejected = len(block) <= n and num_kept == len(block)
-                cycle = (1, n, len(judged) - sum(judged), sum(judged), rejected)
-                counts[row] = [total + n for total, n in zip(counts[row], cycle)]
-        if streamer is not None:
-            streamer.put(torch.tensor(blocks))
-        # The newest token's keys and values aren't in the cache yet; those of rejected candidates are.
-        rewind(cache, [k + 1 - len(block) for block in blocks])
-        drafter.rewind([len(block) for block in blocks])
-        columns = rows.input_ids.shape[1] + max(map(len, blocks))
-        verified = [(outcome.num_candidates, len(outcome.judged)) for outcome in outcomes]
-        draft_length.update(*zip(*verified), drafted - started, draft_length.now(model.device) - drafted)
-        rows.commit(blocks, finished)
-        if rows.active and len(input_ids) > 1:
-            unfinished = [j for j, done in enumerate(finished) if not done]
-            unneeded = columns - rows.input_ids.shape[1]
-            shrink(cache, unfinished, num_cached(cache) - unneeded)
-            drafter.shrink(unfinished, unneeded)
-        prefill = False
+                # A cycle commits one token more than it has candidates, and the newest one needs no position yet.
+                room = [stop.room(rows, j) - 1 for j in range(len(rows.active))]
+                longest_draft = min(draft_length.value, max(room), max(0, max_length - max(rows.lengths)))
+                process = functools.partial(processors, rows, room) if any(processors.processors) else None
+                sequence, assistant_logits = drafter.get_candidates(
+                    sequence, rows.attention_mask, longest_draft, process
+                )
+            drafted = draft_length.now(model.device)
+            candidate_ids = sequence[:, rows.input_ids.shape[1] :]
+            k = candidate_ids.shape[1]
+
+            attention_mask = rows.attention_mask
+            if attention_mask is not None:
+                attention_mask = torch.nn.functional.pad(attention_mask, (0, k), value=1)
+            outputs = cached_forward(
+                model,
+                sequence[:, num_cached(cache) :],
+                cache,
+                attention_mask,
+                num_logits=k + 1,
+                output_states=judging.reads_target and k > 0,
+                output_hidden_states=kept.hidden_states is not None,
+            )
+            logits = outputs.logits[:, -k - 1 :].to(input_ids.device, torch.float32)
+            lengths = [min(k, *limits) for limits in zip(room, drafter.lengths or room)]
+            processed = processors(rows, lengths, candidate_ids, logits)
+            if generation_config.do_sample:
+                verification = verify_sampled(candidate_ids, processed, assistant_logits, lengths)
+            else:
+                verification = verify_greedy(candidate_ids, processed)
+
+            is_harmless = None
+            if judging.wants(verification.matches):
+                is_harmless = judging(
+                    candidate_ids, processed, outputs.states, drafter.states, assistant_logits, cache
+                )
+            blocks, finished = [], []
+            outcomes = verification.on_host(candidate_ids, is_harmless, lengths, stop.eos_token_ids)
+            for j, (block, _, _) in enumerate(outcomes):
+                row = rows.active[j]
+                scores = kept.scores(row, processed[j, : len(block)]) if stop.others else None
+                num_kept, done = stop(rows, j, block, scores)
+                blocks.append(block[:num_kept])
+                finished.append(done)
+                kept.add(row, num_kept, processed, logits, outputs.hidden_states, j)
+                if not prefill:
+                    kept.count(row, outcomes[j], num_kept)
+            verified = draft_length.now(model.device)
+            if streamer is not None:
+                streamer.put(torch.tensor(blocks))
+            # The newest token's keys and values aren't in the cache yet; those of rejected candidates are.
+            rewind(cache, [k + 1 - len(block) for block in blocks])
+            drafter.rewind([len(block) for block in blocks])
+            columns = rows.input_ids.shape[1] + max(map(len, blocks))
+            draft_length.update(
+                [outcome.num_candidates for outcome in outcomes],
+                [len(outcome.judged) for outcome in outcomes],
+                drafted - started,
+                verified - drafted,
+            )
+            unfinished = rows.commit(blocks, finished)
+            if unfinished and len(input_ids) > 1:
+                unneeded = columns - rows.input_ids.shape[1]
+                shrink(cache, unfinished, num_cached(cache) - unneeded)
+                drafter.shrink(unfinished, unneeded)
+            prefill = False
+    finally:
+        # However it ends: static caches are the next call's, and a cache of the caller's has what is committed.
+        for part, used in ((model, cache), (assistant_model, assistant_cache)):
+            if isinstance(used, FixedCache):
+                give_fixed_cache_back(part, used)
+        if len(input_ids) == 1 and not isinstance(cache, FixedCache):
+            leave_behind(cache, rows.input_ids.shape[1] - 1)
 
     if streamer is not None:
         streamer.end()
     if not judging.saw_only_finite_states():
         warn_once("Hidden states with NaN or infinity: the judge rejects the candidates they belong to.")
-    for part, used in ((model, cache), (assistant_model, assistant_cache)):
-        if isinstance(used, FixedCache):
-            give_fixed_cache_back(part, used)
-    if len(input_ids) == 1 and not isinstance(cache, FixedCache):
-        as_normal_tensors(cache)
     pad_token_id = getattr(generation_config, "_pad_token_tensor", None)
     sequences = rows.sequences(0 if pad_token_id is None else int(pad_token_id))
     if not generation_config.return_dict_in_generate:
         return sequences
-    totals = dict(zip(COUNTS, torch.tensor(counts).T))
     # A batch's cache has lost the rows that finished first.
     reusable = {CACHE_NAME: cache} if len(input_ids) == 1 else {}
-    return JudgeDecoderOnlyOutput(sequences, **kept.output(), **reusable, **totals)
+    return JudgeDecoderOnlyOutput(sequences, **kept.output(), **reusable)
 
 
 def _fixed_or_growing(
@@ -258,63 +226,6 @@ def _fixed_or_growing(
 ) -> Cache:
     cache = take_fixed_cache(num_rows, generation_config, model, length, widths)
     if cache is None:
-        warn_once(f"{type(model).__name__} has no forward of a fixed shape here, and so no static cache. It grows.")
+        warn_once(f"{type(model).__name__} can't use a static cache here, and falls back to a growing one.")
         cache = rewindable_cache(model)
     return cache
-
-
-class _Kept:
-    """`output_scores`, `output_logits` and `output_hidden_states`, row by row, zeros behind a row's end."""
-
-    def __init__(self, generation_config: GenerationConfig, batch_size: int):
-        def wanted(name: str) -> list[list[Any]] | None:
-            is_kept = generation_config.return_dict_in_generate and getattr(generation_config, name)
-            return [[] for _ in range(batch_size)] if is_kept else None
-
-        self._scores, self._logits = wanted("output_scores"), wanted("output_logits")
-        self.hidden_states = wanted("output_hidden_states")
-
-    def add(self, row: int, num_kept: int, scores: torch.Tensor, logits: torch.Tensor, states: Any, j: int) -> None:
-        """What the first `num_kept` positions behind the last commit of active row j gave."""
-        # Copies: a view would keep the whole block.
-        if self._scores is not None:
-            self._scores[row].append(scores[j, :num_kept].clone())
-        if self._logits is not None:
-            self._logits[row].append(logits[j, :num_kept].clone())
-        if self.hidden_states is not None:
-            # The prompt's states all belong to the first token, as in stock `generate`.
-            first = states[0].shape[1] if not self.hidden_states[row] else 1
-            for i in range(num_kept):
-                at = slice(0, first) if first > 1 else slice(i, i + 1)
-                self.hidden_states[row].append(tuple(layer[j : j + 1, at] for layer in states))
-
-    def scores(self, row: int, new: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
-        """Of each token of a row, `new` ones last, shape `(1, v)`, as stock shows them to stopping criteria."""
-        return None if self._scores is None else torch.cat([*self._scores[row], new])[:, None].unbind()
-
-    def output(self) -> dict[str, tuple | None]:
-        """The output's fields: for each token, a tensor over rows (hidden states: one per layer)."""
-        return {
-            "scores": self._by_token(self._scores),
-            "logits": self._by_token(self._logits),
-            "hidden_states": self._states_by_token(),
-        }
-
-    @staticmethod
-    def _by_token(kept: list[list[torch.Tensor]] | None) -> tuple[torch.Tensor, ...] | None:
-        if kept is None:
-            return None
-        rows = [torch.cat(blocks) for blocks in kept]
-        return torch.nn.utils.rnn.pad_sequence(rows).unbind(0)
-
-    def _states_by_token(self) -> tuple[tuple[torch.Tensor, ...], ...] | None:
-        if self.hidden_states is None:
-            return None
-        longest = max(self.hidden_states, key=len)
-        return tuple(
-            tuple(
-                torch.cat([row[t][layer] if t < len(row) else torch.zeros_like(states) for row in self.hidden_states])
-                for layer, states in enumerate(token)
-            )
-            for t, token in enumerate(longest)
-        )

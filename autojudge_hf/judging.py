@@ -95,16 +95,6 @@ def _scores(
     assistant_logits: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The judge's scores of shape `(b, k)`, and the sum of the states it reads, finite if all of them are."""
-    config = judge.config
-    inputs = judge_inputs(
-        candidate_ids,
-        logits,
-        states,
-        assistant_states,
-        config.state_position,
-        config.logit_features,
-        assistant_logits,
-        config.assistant_logit_features,
-    )
+    inputs = judge_inputs(candidate_ids, logits, states, assistant_states, assistant_logits, judge.config)
     # Logit features of a candidate that processors forbid are infinite, and no cause for alarm.
     return judge(inputs), inputs.features[..., :num_state_features].sum()

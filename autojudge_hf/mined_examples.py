@@ -236,6 +236,19 @@ def _example_id(path: Path) -> int:
     return int(path.stem.split("-")[1])
 
 
+def pair_of(mined: datasets.Dataset) -> dict[str, Any]:
+    """What the column `pair` says: which models were mined, and how.
+
+    Raises:
+        ValueError: for rows of several minings, or none.
+    """
+    # `Dataset.unique` would copy the whole of a split, under a progress bar.
+    pairs = mined.with_format("arrow")["pair"][:].unique().to_pylist()
+    if len(pairs) != 1:
+        raise ValueError(f"The rows come from {len(pairs)} different minings, expected one.")
+    return json.loads(pairs[0])
+
+
 def features_of(pair: dict[str, Any]) -> datasets.Features:
     """The columns, and their types."""
     import datasets

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .configuration import STATE_POSITIONS, JudgeConfig, public_name
+from .configuration import JudgeConfig, public_name
 from .features import judge_inputs
 from .forward import Pass, hidden_size, of_vocabulary
-from .mined_examples import to_dataset
+from .mined_examples import pair_of, to_dataset
 from .prefixes import Prefixes
 
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 
 FEATURES_DTYPES = ("float32", "float16")
+LAYOUT = ("state_position", "hidden_size", "assistant_hidden_size", "logit_features", "assistant_logit_features")
 
 
 def compute_features(
@@ -61,14 +62,9 @@ def compute_features(
         assistant_states = assistant_model is not None
     if assistant_model is None and (assistant_states or assistant_logit_features):
         raise ValueError("Features of the assistant need the assistant: pass `assistant_model`, got None.")
-    if state_position not in STATE_POSITIONS:
-        raise ValueError(f"`state_position` must be one of {list(STATE_POSITIONS)}, got {state_position!r}.")
     if features_dtype not in FEATURES_DTYPES:
         raise ValueError(f"`features_dtype` must be one of {list(FEATURES_DTYPES)}, got {features_dtype!r}.")
-    pairs = dataset.unique("pair")
-    if len(pairs) != 1:
-        raise ValueError(f"The rows come from {len(pairs)} different minings, expected one.")
-    pair = json.loads(pairs[0])
+    pair = pair_of(dataset)
     given = {"target": model} if assistant_model is None else {"target": model, "assistant": assistant_model}
     for role, its_model in given.items():
         mined, now = pair[role], described(its_model)
@@ -80,7 +76,8 @@ def compute_features(
         pair[role] = now
     read = [model, assistant_model] if assistant_states or assistant_logit_features else [model]
     assistant = assistant_model if assistant_states else None
-    pair["features"] = feature_layout(state_position, model, assistant, logit_features, assistant_logit_features)
+    layout = feature_layout(state_position, model, assistant, logit_features, assistant_logit_features)
+    pair["features"] = described_layout(layout)
     pair["features_dtype"] = features_dtype
     temperature = pair["decoding_settings"]["temperature"]
     tokens = dataset.remove_columns(["features", "pair"]).to_list()
@@ -97,10 +94,8 @@ def compute_features(
             logits[0],
             states[0],
             states[1] if assistant_states else None,
-            state_position,
-            logit_features,
             of_vocabulary(logits[1][:, :1], logits[0].shape[-1]) if assistant_logit_features else None,
-            assistant_logit_features,
+            layout,
         )
         features = inputs.features[:, 0].cpu().numpy()
         rows += [{**row, "features": values} for row, values in zip(example, features)]
@@ -142,10 +137,7 @@ def select_features(dataset: datasets.Dataset, **layout: Any) -> datasets.Datase
     Example:
         >>> papers = select_features(mined, state_position="candidate", logit_features=False)
     """
-    pairs = dataset.unique("pair")
-    if len(pairs) != 1:
-        raise ValueError(f"The rows come from {len(pairs)} different minings, expected one.")
-    pair = json.loads(pairs[0])
+    pair = pair_of(dataset)
     if pair["features"] is None:
         raise ValueError("The rows hold tokens only. Give them features first, with `compute_features`.")
     for name, value in layout.items():
@@ -163,7 +155,7 @@ def select_features(dataset: datasets.Dataset, **layout: Any) -> datasets.Datase
         )
     if not wanted.feature_columns:
         raise ValueError(f"Nothing is left of the features with {layout}. Keep states or logits.")
-    pair["features"] = {name: getattr(wanted, name) for name in pair["features"]}
+    pair["features"] = described_layout(wanted)
     kept = [mined.feature_columns[name] for name in wanted.feature_columns]
     features = dataset.with_format("numpy")["features"][:]
     features = np.concatenate([features[:, at] for at in kept], axis=1)
@@ -180,15 +172,20 @@ def feature_layout(
     assistant_model: PreTrainedModel | None,
     logit_features: bool,
     assistant_logit_features: bool,
-) -> dict[str, Any]:
-    """What the features are, in the words of `JudgeConfig`."""
-    return {
-        "state_position": state_position,
-        "hidden_size": hidden_size(model),
-        "assistant_hidden_size": None if assistant_model is None else hidden_size(assistant_model),
-        "logit_features": logit_features,
-        "assistant_logit_features": assistant_logit_features,
-    }
+) -> JudgeConfig:
+    """Which features a mismatch gets: those that a judge of this config reads."""
+    return JudgeConfig(
+        state_position=state_position,
+        hidden_size=hidden_size(model),
+        assistant_hidden_size=None if assistant_model is None else hidden_size(assistant_model),
+        logit_features=logit_features,
+        assistant_logit_features=assistant_logit_features,
+    )
+
+
+def described_layout(config: JudgeConfig) -> dict[str, Any]:
+    """The part of a judge's config that says which features it reads, for `pair`."""
+    return {name: getattr(config, name) for name in LAYOUT}
 
 
 def described(model: PreTrainedModel) -> dict[str, Any]:

@@ -17,10 +17,10 @@ import torch
 from tqdm.auto import tqdm
 
 from .checks import checked_draft_length
-from .configuration import GREEDY_SETTINGS, STATE_POSITIONS, public_name
+from .configuration import GREEDY_SETTINGS, public_name
 from .forward import eos_token_ids, max_positions
 from .mined_examples import MinedExamples
-from .mined_features import FEATURES_DTYPES, described, feature_layout
+from .mined_features import FEATURES_DTYPES, described, described_layout, feature_layout
 from .search import SemiGreedySearch
 from .tasks.task import Task, checked_examples
 
@@ -103,8 +103,6 @@ def mine_mismatches(
         ValueError: for an empty prompt or one that leaves no room in a model's context, and for an `output_dir` that
             isn't empty and wasn't written under the same settings.
     """
-    if state_position not in STATE_POSITIONS:
-        raise ValueError(f"`state_position` must be one of {list(STATE_POSITIONS)}, got {state_position!r}.")
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` must be an int of at least 1, got {value!r}.")
@@ -128,7 +126,7 @@ def mine_mismatches(
     pair = {
         "target": described(model),
         "assistant": described(assistant_model),
-        "features": None if features_dtype is None else layout,
+        "features": None if features_dtype is None else described_layout(layout),
         "features_dtype": features_dtype or "float32",
         "decoding_settings": {**GREEDY_SETTINGS, **sampling},
         "task": task.name,
@@ -150,10 +148,7 @@ def mine_mismatches(
         num_assistant_tokens=draft_length,
         temperature=temperature,
         seed=seed,
-        state_position=state_position,
-        assistant_states=assistant_states,
-        logit_features=logit_features,
-        assistant_logit_features=assistant_logit_features,
+        layout=layout,
     )
     from accelerate import PartialState  # half a second that nobody else should wait for
 

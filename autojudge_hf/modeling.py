@@ -1,28 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Judges, and `AutoJudge`, which loads whichever a folder or Hub repository holds."""
+"""Judges: from what verification knows of a mismatch to a score; saving them, and pushing them to the Hub."""
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from .configuration import JudgeConfig
-from .features import JudgeInputs, entropy, kl_divergence
-from .hub import commit_of, create_repo, find_file, push_folder
+from .features import JudgeInputs, entropy, kl_divergence, of_candidates
+from .hub import create_repo, push_folder
 from .model_card import JudgeCard, render_custom_generate
 from .plots import can_plot, plot_trade_off
-from .version import __version__
 
 
 if TYPE_CHECKING:
@@ -30,7 +26,6 @@ if TYPE_CHECKING:
 
 
 CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, PLOT_NAME = "config.json", "model.safetensors", "README.md", "trade_off.png"
-MAX_CONFIG_SIZE = 2**20  # bytes; a judge's has a few thousand
 
 
 class Judge(nn.Module):
@@ -67,10 +62,10 @@ class Judge(nn.Module):
 
     def save_card(self, folder: Path, name: str, subfolder: str = "") -> None:
         """Writes README.md, and the picture it shows, for a judge that is loaded by `name`."""
-        card = JudgeCard(self.config, name, subfolder)
-        if self.config.evaluation and can_plot():
-            card.plot_name = PLOT_NAME
-            plot_trade_off(card.curves(), folder / PLOT_NAME)
+        plot_name = PLOT_NAME if self.config.evaluation and can_plot() else None
+        card = JudgeCard(self.config, name, subfolder, plot_name)
+        if plot_name:
+            plot_trade_off(card.curves(), folder / plot_name)
         (folder / CARD_NAME).write_text(card.render(), encoding="utf-8")
 
     def _write(self, folder: Path) -> None:
@@ -216,10 +211,9 @@ class TopKJudge(Judge):
     judge_type = "top_k"
 
     def forward(self, inputs: JudgeInputs) -> torch.Tensor:
-        logit = inputs.target_logits.gather(2, inputs.candidate_ids[..., None])
-        rank_below_best = (inputs.target_logits > logit).sum(dim=-1)
-        score = rank_below_best.float().clamp(min=0.5).log()
-        return torch.where(logit.squeeze(2).isfinite(), score, torch.nan)
+        logit = of_candidates(inputs.target_logits, inputs.candidate_ids)
+        num_better = (inputs.target_logits > logit[..., None]).sum(dim=-1)
+        return torch.where(logit.isfinite(), num_better.float().clamp(min=0.5).log(), torch.nan)
 
 
 class RuleJudge(TopKJudge):
@@ -254,7 +248,7 @@ class MarginJudge(Judge):
     judge_type = "margin"
 
     def forward(self, inputs: JudgeInputs) -> torch.Tensor:
-        candidate = inputs.target_logits.gather(2, inputs.candidate_ids[..., None]).squeeze(2)
+        candidate = of_candidates(inputs.target_logits, inputs.candidate_ids)
         return _one_minus_exp(candidate - inputs.target_logits.amax(dim=-1))
 
 
@@ -270,7 +264,7 @@ class EntropyJudge(Judge):
 
     def forward(self, inputs: JudgeInputs) -> torch.Tensor:
         log_p = inputs.target_logits.log_softmax(dim=-1)
-        candidate = log_p.gather(2, inputs.candidate_ids[..., None]).squeeze(2)
+        candidate = of_candidates(log_p, inputs.candidate_ids)
         return _one_minus_exp(torch.maximum(candidate, 2 * (candidate + entropy(log_p))))
 
 
@@ -286,7 +280,7 @@ class KLJudge(Judge):
 
     def forward(self, inputs: JudgeInputs) -> torch.Tensor:
         kl = kl_divergence(inputs.target_logits, inputs.assistant_logits)
-        candidate = inputs.target_logits.gather(2, inputs.candidate_ids[..., None]).squeeze(2)
+        candidate = of_candidates(inputs.target_logits, inputs.candidate_ids)
         return torch.where(candidate.isfinite(), _one_minus_exp(-kl), torch.nan)
 
 
@@ -294,112 +288,3 @@ def _one_minus_exp(x: torch.Tensor) -> torch.Tensor:
     """The score 1 - e^x as a logit. A score of 0 is moved up a little, for it to be finite; 1 stays infinite."""
     x = x.clamp(max=-1e-6)
     return torch.log(-torch.expm1(x)) - x
-
-
-JUDGES: dict[str, type[Judge]] = {
-    judge.judge_type: judge
-    for judge in (LinearJudge, MLPJudge, TopKJudge, RuleJudge, MarginJudge, EntropyJudge, KLJudge)
-}
-
-
-class AutoJudge:
-    """Makes the judge that a config or a saved judge names. Not meant to be instantiated."""
-
-    def __init__(self) -> None:
-        raise OSError("Use `AutoJudge.from_pretrained(name_or_folder)` or `AutoJudge.from_config(config)`.")
-
-    @staticmethod
-    def from_config(config: JudgeConfig) -> Judge:
-        """An untrained judge. A linear one accepts nothing until its weights are set.
-
-        Raises:
-            ValueError: for an unknown `judge_type`.
-        """
-        if config.judge_type not in JUDGES:
-            raise ValueError(
-                f"Unknown judge_type {config.judge_type!r:.50}; autojudge_hf {__version__} knows {sorted(JUDGES)}. "
-                "A newer one may know more."
-            )
-        return JUDGES[config.judge_type](config)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        local_files_only: bool = False,
-        subfolder: str = "",
-    ) -> Judge:
-        """Loads a judge from a local folder or from the Hub.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`):
-                A folder that `save_pretrained` wrote, or a Hub repository such as `"user/judge"`.
-            revision, token, cache_dir, local_files_only, subfolder (*optional*):
-                As in every `from_pretrained`.
-
-        Raises:
-            OSError: where a file is missing or unreadable.
-            ValueError: where a file's content isn't a judge's; a tensor that is missing, left over, misshapen or not
-                finite is named, all of them at once.
-        """
-        find = functools.partial(
-            find_file,
-            pretrained_model_name_or_path,
-            subfolder=subfolder,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
-        path = find(CONFIG_NAME, revision=revision)
-        values = _read_json(path)
-        # Before the weights: those of something else may have gigabytes. And without memory of its own: a config may
-        # claim any width, while what a file holds is bounded by its size.
-        with torch.device("meta"):
-            judge = cls.from_config(JudgeConfig.from_dict(values))
-        # Of the same commit, should another one arrive in between.
-        _load_tensors(judge, find(WEIGHTS_NAME, revision=commit_of(path) or revision))
-        return judge.eval()
-
-
-def _read_json(path: Path) -> Any:
-    """Raises a `ValueError` for what isn't JSON, or too much of it to be a config."""
-    try:
-        if path.stat().st_size > MAX_CONFIG_SIZE:
-            raise ValueError(f"it has {path.stat().st_size} bytes")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"The judge's {CONFIG_NAME} isn't valid JSON: {error}") from None
-    except OSError as error:
-        raise OSError(f"Can't read the judge's {CONFIG_NAME}: {error.strerror}.") from None
-
-
-def _load_tensors(judge: Judge, path: Path) -> None:
-    """Copies the file's tensors into the judge; every disagreement is collected before anything is loaded."""
-    expected: dict[str, Any] = judge.state_dict()
-    problems, tensors = [], {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            problems += [f"missing: {name}" for name in sorted(set(expected) - names)]
-            problems += [f"unexpected: {name!r:.100}" for name in sorted(names - set(expected))]
-            for name in sorted(names & set(expected)):
-                part = file.get_slice(name)
-                shape, want = list(part.get_shape()), list(expected[name].shape)
-                if shape != want or part.get_dtype() not in ("F32", "F64"):
-                    got = f"{part.get_dtype()} of shape {shape}"
-                    problems.append(f"{name}: expected F32 or F64 of shape {want}, got {got}")
-                    continue
-                tensors[name] = file.get_tensor(name).to(expected[name].dtype, copy=True)  # not mapped
-                if not torch.isfinite(tensors[name]).all():
-                    problems.append(f"{name}: has values that aren't finite")
-    except SafetensorError as error:
-        raise ValueError(f"The judge's {WEIGHTS_NAME} isn't a valid safetensors file: {error!s:.200}") from None
-    except OSError as error:
-        raise OSError(f"Can't read the judge's {WEIGHTS_NAME}: {error.strerror}.") from None
-    if problems:
-        raise ValueError(f"The judge's {WEIGHTS_NAME} doesn't fit its {CONFIG_NAME}: " + "; ".join(problems[:20]))
-    judge.load_state_dict(tensors, assign=True)

@@ -75,8 +75,8 @@ class Rows:
         response = torch.tensor(self.responses[row], dtype=torch.long, device=self.prompts.device)
         return torch.cat([self.prompts[row], response])
 
-    def commit(self, new_tokens: Sequence[list[int]], finished: Sequence[bool]) -> None:
-        """Appends `new_tokens[j]`, at least one, to active row j, and drops the rows that are finished.
+    def commit(self, new_tokens: Sequence[list[int]], finished: Sequence[bool]) -> list[int]:
+        """Appends `new_tokens[j]`, at least one, to active row j, and drops the finished rows; returns which j stay.
 
         Columns in which no unfinished row has a token go too: what fills short rows up would add up over the cycles,
         and some models have buffers of the length that their longest text may have.
@@ -90,8 +90,8 @@ class Rows:
         if self.attention_mask is not None:
             blocks = [[1] * len(new) + [0] * n for new, n in zip(new_tokens, lacking)]
             self.attention_mask = _appended(self.attention_mask, blocks, lacking)
+        unfinished = [j for j, done in enumerate(finished) if not done]
         if any(finished):
-            unfinished = [j for j, done in enumerate(finished) if not done]
             self.active = [self.active[j] for j in unfinished]
             self.input_ids = self.input_ids[unfinished]
             self.attention_mask = None if self.attention_mask is None else self.attention_mask[unfinished]
@@ -99,6 +99,7 @@ class Rows:
             columns = max(self.lengths, default=0)
             self.input_ids = self.input_ids[:, -columns:]
             self.attention_mask = self.attention_mask[:, -columns:]
+        return unfinished
 
     def sequences(self, pad_token_id: int) -> torch.LongTensor:
         """Prompts and responses of the whole batch, filled up at the end."""

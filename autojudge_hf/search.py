@@ -23,6 +23,7 @@ from transformers import (
 
 from .caches import CACHE_NAME
 from .candidate_generator import FormerResponses
+from .configuration import JudgeConfig
 from .features import judge_inputs
 from .forward import eos_token_ids, of_vocabulary, vocab_size
 from .generation import judge_decoding
@@ -77,8 +78,8 @@ class SemiGreedySearch:
         task (`Task`): answers and equivalence.
         max_new_tokens (`int`): limit of a whole response, in tokens.
         num_assistant_tokens (`int`): draft length.
-        temperature, seed, state_position, assistant_states, logit_features, assistant_logit_features: see
-            `mine_mismatches`.
+        temperature, seed: see `mine_mismatches`.
+        layout ([`JudgeConfig`]): which features a mismatch gets.
     """
 
     def __init__(
@@ -92,10 +93,7 @@ class SemiGreedySearch:
         num_assistant_tokens: int,
         temperature: float,
         seed: int,
-        state_position: str,
-        assistant_states: bool,
-        logit_features: bool,
-        assistant_logit_features: bool,
+        layout: JudgeConfig,
     ):
         self.model, self.assistant_model = model, assistant_model
         self.tokenizer, self.task = tokenizer, task
@@ -103,8 +101,7 @@ class SemiGreedySearch:
         self.num_assistant_tokens = num_assistant_tokens
         self.temperature = temperature
         self.processors = LogitsProcessorList([GumbelNoise(temperature, seed)] if temperature > 0 else [])
-        self.state_position, self.assistant_states = state_position, assistant_states
-        self.logit_features, self.assistant_logit_features = logit_features, assistant_logit_features
+        self.layout = layout
         self.eos_token_ids = eos_token_ids(model)
         self._target, self._assistant = Prefixes(model), Prefixes(assistant_model)
 
@@ -146,7 +143,10 @@ class SemiGreedySearch:
         """One trial each: the searches, the responses, and the answers to come."""
         self._see_candidates(searches)
         responses = self._continue(searches)
-        texts = [self._text(s, response) for s, response in zip(searches, responses)]
+        texts = [
+            self.tokenizer.decode(response[len(s.prompt) :], skip_special_tokens=True)
+            for s, response in zip(searches, responses)
+        ]
         return searches, responses, grader.submit(self.task.answers_or_errors, [s.example for s in searches], texts)
 
     def _see_candidates(self, searches: list[_Search]) -> None:
@@ -157,9 +157,9 @@ class SemiGreedySearch:
         outputs = self._target.run(trials, num_last=2, output_states=True)
         states = assistant_logits = None
         temperature = self.temperature or 1.0
-        if self.assistant_states or self.assistant_logit_features:
+        if self.layout.assistant_hidden_size or self.layout.assistant_logit_features:
             seen = self._assistant.run(trials, num_last=2, output_states=True)
-            states = seen.states[:, -2:] if self.assistant_states else None
+            states = seen.states[:, -2:] if self.layout.assistant_hidden_size else None
             logits = seen.logits[:, -2:-1].to(self.model.device, torch.float32)
             assistant_logits = of_vocabulary(logits, vocab_size(self.model)) / temperature
         inputs = judge_inputs(
@@ -167,10 +167,8 @@ class SemiGreedySearch:
             outputs.logits[:, -2:].float() / temperature,
             outputs.states[:, -2:],
             states,
-            self.state_position,
-            self.logit_features,
             assistant_logits,
-            self.assistant_logit_features,
+            self.layout,
         )
         features = dict(zip(trials, inputs.features[:, 0].cpu().numpy()))
         for s in searches:
@@ -178,25 +176,22 @@ class SemiGreedySearch:
 
     def _continue(self, searches: list[_Search]) -> list[list[int]]:
         """The target's greedy continuations of all trials, written by the lossless loop on the cached prefixes."""
-        rooms = {s.example_id: len(s.prompt) + self.max_new_tokens - len(s.trial) for s in searches}
-        trials = {
-            s.example_id: s.trial
-            for s in searches
-            if rooms[s.example_id] > 0 and (s.sequence is None or s.trial[-1] not in self.eos_token_ids)
-        }
-        if not trials:
+        unfinished = [
+            s for s in searches if self._room(s) > 0 and (s.sequence is None or s.trial[-1] not in self.eos_token_ids)
+        ]
+        if not unfinished:
             return [s.trial for s in searches]
+        trials = {s.example_id: s.trial for s in unfinished}
         input_ids, attention_mask, cache = self._target.batch(trials, num_last=1)
-        limits = [rooms[i] for i in trials]
+        limits = [self._room(s) for s in unfinished]
         # Called past `generate`, whose configs could bring processors along.
         criteria = StoppingCriteriaList(
             [MaxLengthCriteria(max_length=input_ids.shape[1] + max(limits)), MaxRowLengths(limits)]
         )
         if self.eos_token_ids:
             criteria.append(EosTokenCriteria(eos_token_id=sorted(self.eos_token_ids)))
-        formers = {s.example_id: s.sequence or [] for s in searches}
         drafter = FormerResponses(
-            [formers[i] for i in trials],
+            [s.sequence or [] for s in unfinished],
             self.assistant_model,
             self.model,
             self.num_assistant_tokens,
@@ -221,6 +216,9 @@ class SemiGreedySearch:
             ends = (n for n, token in enumerate(tokens, start=1) if token in self.eos_token_ids)
             responses[i] = trial + tokens[: next(ends, limit)]
         return [responses.get(s.example_id, s.trial) for s in searches]
+
+    def _room(self, s: _Search) -> int:
+        return len(s.prompt) + self.max_new_tokens - len(s.trial)
 
     def _decide(
         self, searches: list[_Search], responses: list[list[int]], answers: Future
@@ -295,9 +293,6 @@ class SemiGreedySearch:
             rows = zip(behind, logits.float().split(1))
             logits = torch.cat([self.processors(torch.tensor([tokens[:n]]), row) for n, row in rows])
         return logits.argmax(dim=-1).tolist()
-
-    def _text(self, s: _Search, response: list[int]) -> str:
-        return self.tokenizer.decode(response[len(s.prompt) :], skip_special_tokens=True)
 
 
 def _failed(error: Exception) -> MinedExample:

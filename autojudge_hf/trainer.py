@@ -17,10 +17,10 @@ from tqdm.auto import tqdm
 from transformers import EvalPrediction
 from transformers.trainer_utils import PredictionOutput
 
+from .auto import AutoJudge
 from .configuration import JudgeConfig
 from .fitting import fit_judges, folds, roc_auc
 from .hub import create_repo
-from .modeling import AutoJudge
 from .training_args import JudgeTrainingArguments
 from .verification import harmless
 
@@ -74,12 +74,15 @@ class JudgeTrainer:
         self.state = JudgeTrainerState()
         self._check_output_dir()
         self._pairs: set[str] = set()
-        given = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        self._check_pairs(**{k: v for k, v in given.items() if k == "train_dataset" or v is not None})
+        self._check_pairs(train_dataset, "train_dataset")
         if eval_dataset is None:
             train_dataset, eval_dataset = self._split(train_dataset)
-        elif shared := set(train_dataset["example_id"]) & set(eval_dataset["example_id"]):
-            logger.warning(f"{len(shared)} example ids are in both datasets. If they are the same problems, AUC lies.")
+        else:
+            self._check_pairs(eval_dataset, "eval_dataset")
+            if shared := set(train_dataset["example_id"]) & set(eval_dataset["example_id"]):
+                logger.warning(
+                    f"{len(shared)} example ids are in both datasets: AUC lies if they are the same problems."
+                )
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.judge = AutoJudge.from_config(self._config())
         self._train, self._eval = self._arrays(train_dataset, "training"), self._arrays(eval_dataset, "validation")
@@ -157,7 +160,7 @@ class JudgeTrainer:
 
     def predict(self, test_dataset: datasets.Dataset, metric_key_prefix: str = "test") -> PredictionOutput:
         """Scores in [0, 1] of a mined dataset, labels, and those metrics of `evaluate` that the labels allow."""
-        self._check_pairs(test_dataset=test_dataset)
+        self._check_pairs(test_dataset, "test_dataset")
         self._check_trained()
         features, labels = self._arrays(test_dataset, metric_key_prefix)
         logits = self.judge.decision_function(torch.from_numpy(features))
@@ -169,7 +172,7 @@ class JudgeTrainer:
             metrics["recall"] = float((~accepted[is_important]).mean())
         if not is_important.all():
             metrics["harmless_accepted"] = float(accepted[~is_important].mean())
-        if len(metrics) == 3:
+        if is_important.any() and not is_important.all():
             metrics["auc"] = roc_auc(labels, logits.numpy())
         if self.compute_metrics is not None:
             own = self.compute_metrics(EvalPrediction(predictions=scores, label_ids=labels))
@@ -232,9 +235,9 @@ class JudgeTrainer:
         if self.state.best_metric is None:
             raise ValueError("The judge isn't trained yet and would accept nothing. Call `train()` first.")
 
-    def _check_pairs(self, **datasets_by_name: datasets.Dataset) -> None:
+    def _check_pairs(self, dataset: datasets.Dataset, name: str) -> None:
         """All rows, those of earlier calls included, must come from one mining."""
-        pairs = self._pairs.union(*(_pairs(dataset, name) for name, dataset in datasets_by_name.items()))
+        pairs = self._pairs | _pairs(dataset, name)
         if len(pairs) != 1:
             read = [json.loads(pair) for pair in sorted(pairs)]
             differences = [

@@ -8,7 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from autojudge_hf import AutoJudge, JudgeConfig
 
@@ -102,23 +102,6 @@ def random_llama(seed: int = 0, vocab_size: int = 32, **overrides):
         "pad_token_id": 0,
     }
     return scaled_up(LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **{**config, **overrides})).eval())
-
-
-def windowed_model(family: str):
-    """A small random model of a family, 64 positions; its sliding windows, if it has any, are 8 wide."""
-    sizes = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 0, "tie_word_embeddings": False}
-    if family == "gpt2":
-        sizes |= {"n_positions": 64, "attn_pdrop": 0.0}
-    else:
-        sizes |= {"intermediate_size": 64, "num_key_value_heads": 1}
-        sizes |= {"sliding_window": 8, "max_position_embeddings": 64}
-    if family.startswith("gemma"):
-        sizes |= {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}
-    if family == "qwen2":
-        sizes |= {"use_sliding_window": True, "max_window_layers": 1}
-    torch.manual_seed(0)
-    return scaled_up(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval())
 
 
 def scaled_up(model):

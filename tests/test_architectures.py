@@ -58,7 +58,7 @@ FAMILIES = {
     "qwen3_moe": EXPERTS,
 }
 PROMPTS = [[3, 14, 15, 9, 2, 6, 5], [8, 9], [27, 1, 8, 2]]
-NEW_TOKENS = 40
+NEW_TOKENS = 57  # up to the last position the models have
 
 
 def random_model(family, seed):

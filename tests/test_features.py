@@ -13,15 +13,22 @@ from autojudge_hf.features import assistant_logit_features, judge_inputs, kl_div
 def test_positions_and_order():
     candidate_ids, logits = torch.tensor([[3, 1]]), torch.randn(1, 3, 5)
     target, assistant = torch.arange(6.0).view(1, 3, 2), -torch.arange(9.0).view(1, 3, 3)
-    of_candidates = judge_inputs(candidate_ids, logits, target, assistant, "candidate").features
+    of_candidates = judge_inputs(
+        candidate_ids, logits, target, assistant, None, JudgeConfig(state_position="candidate")
+    ).features
     assert of_candidates.tolist() == [[[-3, -4, -5, 2, 3], [-6, -7, -8, 4, 5]]]
-    previous = judge_inputs(candidate_ids, logits, target, None, "previous").features
+    previous = judge_inputs(candidate_ids, logits, target, None, None, JudgeConfig(state_position="previous")).features
     assert previous.tolist() == [[[0, 1], [2, 3]]]
-    assert torch.equal(judge_inputs(candidate_ids, logits, target, None, "both").target_logits, logits[:, :2])
-    both = judge_inputs(candidate_ids, logits, target, assistant, "both").features
+    assert torch.equal(
+        judge_inputs(candidate_ids, logits, target, None, None, JudgeConfig(state_position="both")).target_logits,
+        logits[:, :2],
+    )
+    both = judge_inputs(candidate_ids, logits, target, assistant, None, JudgeConfig(state_position="both")).features
     assert both.tolist() == [[[0, -1, -2, -3, -4, -5, 0, 1, 2, 3], [-3, -4, -5, -6, -7, -8, 2, 3, 4, 5]]]
     assert both.shape[-1] == JudgeConfig(hidden_size=2, assistant_hidden_size=3, state_position="both").num_features
-    assert judge_inputs(candidate_ids, logits, None, None, "candidate").features.shape == (1, 2, 0)
+    assert judge_inputs(
+        candidate_ids, logits, None, None, None, JudgeConfig(state_position="candidate")
+    ).features.shape == (1, 2, 0)
 
 
 def test_logit_features_by_hand():
@@ -43,7 +50,7 @@ def test_a_forbidden_candidate_has_no_finite_score():
 
 def test_logit_features_follow_the_states():
     candidate_ids, logits, states = torch.tensor([[3, 1]]), torch.randn(1, 3, 5), torch.randn(1, 3, 2)
-    features = judge_inputs(candidate_ids, logits, states, None, "candidate", True).features
+    features = judge_inputs(candidate_ids, logits, states, None, None, JudgeConfig(logit_features=True)).features
     assert features.shape == (1, 2, 6)
     assert torch.equal(features[..., 2:], logit_features(candidate_ids, logits[:, :2]))
 
@@ -75,7 +82,14 @@ def test_kl_where_one_model_lacks_tokens():
 def test_columns_are_where_the_config_says(position):
     candidate_ids, logits, drafted = torch.tensor([[3, 1]]), torch.randn(1, 3, 5), torch.randn(1, 2, 5)
     target, assistant = torch.randn(1, 3, 2), torch.randn(1, 3, 3)
-    features = judge_inputs(candidate_ids, logits, target, assistant, position, True, drafted, True).features
+    features = judge_inputs(
+        candidate_ids,
+        logits,
+        target,
+        assistant,
+        drafted,
+        JudgeConfig(state_position=position, logit_features=True, assistant_logit_features=True),
+    ).features
     config = JudgeConfig(
         hidden_size=2,
         assistant_hidden_size=3,

@@ -355,7 +355,7 @@ def test_mined_datasets_have_cards(hub, client):
     lines = client(code).splitlines()
     repo = hub.repos["datasets", "user/mined"]
     assert lines[0] == f"{hub.endpoint}/datasets/user/mined/commit/{repo.commits[-1][0]}" and lines[1] == "True True"
-    assert lines[2] == "ValueError: Expected the rows of one mining, got rows of 2."
+    assert lines[2] == "ValueError: The rows come from 2 different minings, expected one."
     assert repo.private and len(repo.commits) == 2 and len(hub.repos) == 1
     card = DatasetCard(repo.commits[-1][1]["README.md"][0].decode())
     assert card.data.license == "mit" and 'load_dataset("user/mined"' in card.text

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import MAX_NEW_TOKENS, random_llama, similar_model, windowed_model
+from conftest import MAX_NEW_TOKENS, random_llama, similar_model
 from kill_mining import survives
 from scipy.stats import chisquare
+from test_architectures import random_model
 from transformers import LogitsProcessorList
 
 from autojudge_hf import (
@@ -278,7 +279,7 @@ def test_a_candidate_may_end_the_response():
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
 def test_algorithm_1_behind_sliding_windows(family):
     """Windows of 8 over prompts and responses of 29, and soft-capped logits: the kept prefixes lose nothing."""
-    model = windowed_model(family)
+    model = random_model(family, seed=0)
     assistant, task, expected = similar_model(model), LastTokens(EXAMPLES), []
     for i, example in enumerate(EXAMPLES[:6]):
         prompt = NumberTokenizer().encode(example["text"], False)

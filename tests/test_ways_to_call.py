@@ -4,6 +4,7 @@
 import copy
 import logging
 import threading
+import time
 
 import pytest
 import reference
@@ -14,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
     CompileConfig,
+    DynamicCache,
     GenerationConfig,
     LlamaConfig,
     LlavaConfig,
@@ -26,7 +28,9 @@ from transformers import (
 import autojudge_hf.checks
 import autojudge_hf.generation
 from autojudge_hf import AutoJudge, JudgeConfig
-from autojudge_hf.generation import COUNTS
+from autojudge_hf.caches import CACHE_NAME, kept_caches
+from autojudge_hf.draft_length import AdaptiveDraftLength
+from autojudge_hf.outputs import COUNTS
 from autojudge_hf.tasks import GSM8K
 
 
@@ -108,6 +112,74 @@ def test_pipeline_with_a_chat_and_with_batches(target, draft, tokenizer, test_pr
     got = generator(chats, batch_size=3, assistant_model=draft, judge=top_k, judge_threshold=0.0, **options)
     assert got == expected
     assert got[0][0]["generated_text"][-1]["role"] == "assistant"
+
+
+class GoneError(Exception):
+    """What a server raises when nobody listens any more."""
+
+
+class Listener:
+    """Leaves at a certain `put`, of which the first is the prompt."""
+
+    def __init__(self, leaves_at):
+        self.leaves_at, self.heard, self.num_put = leaves_at, [], 0
+
+    def put(self, tokens):
+        self.num_put += 1
+        if self.num_put == self.leaves_at:
+            raise GoneError
+        if self.num_put > 1:
+            self.heard += tokens.flatten().tolist()
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("leaves_at", [2, 3, 4, 6])
+def test_a_cache_can_be_gone_on_with_where_a_call_was_broken_off(top_k, family, leaves_at):
+    """By the client of a chat: the cache has what was heard, and the next turn goes on from it."""
+    window = {"sliding_window": 8, "num_key_value_heads": 2} if family == "mistral" else {}
+    model = decoder(family, **SMALL, **window)
+    cache, listener = DynamicCache(config=model.config), Listener(leaves_at)
+    options = {"assistant_model": similar_model(model), "judge": top_k, "num_assistant_tokens": 6, **LOSSLESS}
+    with pytest.raises(GoneError):
+        model.generate(PROMPT, max_new_tokens=40, streamer=listener, **{CACHE_NAME: cache}, **options)
+    text = torch.cat([PROMPT, torch.tensor([[*listener.heard, 7, 8, 9, 1, 2]])], dim=1)
+    assert cache.get_seq_length() == 7 + len(listener.heard) - 1
+    assert not any(layer.keys.is_inference() for layer in cache.layers)
+    expected = model.generate(text, do_sample=False, max_new_tokens=20)
+    assert torch.equal(model.generate(text, max_new_tokens=20, **{CACHE_NAME: cache}, **options), expected)
+
+
+def test_a_call_that_fails_gives_its_static_cache_back(top_k):
+    model = random_llama()
+    options = {"assistant_model": similar_model(model), "judge": top_k, "cache_implementation": "static", **LOSSLESS}
+    expected = model.generate(PROMPT, max_new_tokens=20, **options)
+    kept = kept_caches[model]
+    for leaves_at in (2, 3):
+        with pytest.raises(GoneError):
+            model.generate(PROMPT, max_new_tokens=20, streamer=Listener(leaves_at), **options)
+        assert kept_caches[model] is kept
+    assert torch.equal(model.generate(PROMPT, max_new_tokens=20, **options), expected)
+
+
+def test_adaptive_lengths_dont_learn_from_a_slow_reader(top_k, monkeypatch):
+    """Or from a clock that stands still."""
+    model, now, costs = random_llama(), [0.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    update = AdaptiveDraftLength.update
+    monkeypatch.setattr(
+        AdaptiveDraftLength, "update", lambda self, *args: costs.append(args[2:]) or update(self, *args)
+    )
+
+    class Slow(Listener):
+        def put(self, tokens):
+            now[0] += 100.0
+
+    options = {"assistant_model": similar_model(model), "judge": top_k, "num_assistant_tokens": "adaptive", **LOSSLESS}
+    model.generate(PROMPT, max_new_tokens=20, streamer=Slow(0), **options)
+    assert now[0] > 0 and set(costs) == {(0.0, 0.0)}
 
 
 def test_two_threads_on_one_model(random_pair, linear_judge):

@@ -33,8 +33,10 @@ def prepared(name):
 
 def encoded(value):
     """`value` as JSON that tells tuples from lists; what has no such form equals nothing."""
-    if value is None or isinstance(value, (bool, str)):
-        return value if value is None or isinstance(value, bool) else str.__str__(value)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
     if isinstance(value, int):
         return int(value)
     if isinstance(value, float):
