@@ -45,10 +45,10 @@ def calibrate_threshold(
 ) -> list[dict[str, Any]]:
     """Chooses a judge's thresholds by the accuracy that they cost, measured by decoding.
 
-    From the lowest threshold on, for as long as a budget is kept with the confidence asked for; the last that keeps it
-    is the budget's. Since the first that doesn't ends the walk, trying many thresholds makes none of them pass by luck
+    Tries thresholds from the lowest up; each budget gets the last one before its drop is no longer sure to stay within
+    the budget. Since the first that doesn't ends the walk, trying many thresholds makes none of them pass by luck
     (fixed-sequence testing): in about a share `confidence` of all samples of problems the true drop is within the
-    budget. Whether one threshold's is, [`is_within_budget`] tells. Where there are too few problems for any threshold
+    budget. [`is_within_budget`] tests a single threshold. Where there are too few problems for any threshold
     to pass, a warning says how many it takes.
 
     Sets `judge.config.threshold` (the first budget's) and `judge.config.thresholds` (all of them, by name, for

@@ -235,7 +235,7 @@ def check_supported(
         if getattr(config, name, None) not in (None, off):
             refused.append(reason)
     if refused:
-        raise ValueError("Judge decoding doesn't support " + "; nor ".join(refused) + ".")
+        raise ValueError("Judge decoding doesn't support: " + "; ".join(refused) + ".")
     if assistant_model is not None and abs(vocab_size(model) - vocab_size(assistant_model)) > LARGEST_PADDING:
         raise ValueError(
             f"The models have different vocabularies: {vocab_size(model)} tokens in the target's, "

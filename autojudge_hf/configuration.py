@@ -123,8 +123,8 @@ class JudgeConfig:
         important_token_ids (`list[int]`, *optional*):
             Tokens that a `"rule"` judge never gives up or lets in; not for any other.
         threshold (`float`, *optional*):
-            A mismatch is accepted when its importance score, in [0, 1], is below. What a score means, the judge's
-            class says. Defaults to 0.5 (linear, mlp, kl), 0.6 (top_k, rule), 0.9 (margin) or 0.91 (entropy).
+            A mismatch is accepted when its importance score, in [0, 1], is below. Each judge class
+            documents its score. Defaults to 0.5 (linear, mlp, kl), 0.6 (top_k, rule), 0.9 (margin) or 0.91 (entropy).
         thresholds (`dict[str, float]`, *optional*):
             Thresholds by name, for `judge_threshold="1 point"`; [`calibrate_threshold`] names them by what they cost.
         base_model_name_or_path, base_model_revision (`str`, *optional*):

@@ -40,7 +40,7 @@ class FixedDraftLength:
         self.widths = [value + 1]
 
     def now(self, device: torch.device) -> float:
-        """Nobody asks: what a cycle costs doesn't matter."""
+        """A fixed length needs no timing."""
         return 0.0
 
     def update(self, lengths: Sequence[int], accepted: Sequence[int], draft: float, verify: float) -> None:

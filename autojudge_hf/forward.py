@@ -29,7 +29,7 @@ def _parameters(model_class: type) -> frozenset[str]:
 def forward_parameters(model: PreTrainedModel) -> frozenset[str]:
     """What a model's forward takes by name; `torch.compile` and PEFT wrap it in one that doesn't say."""
     accepted = _parameters(type(model))
-    if "position_ids" in accepted:  # mostly, and asked twice a forward
+    if "position_ids" in accepted:  # nearly always, and looked up twice a forward
         return accepted
     model = getattr(model, "_orig_mod", model)
     return _parameters(type(model.get_base_model() if hasattr(model, "get_base_model") else model))

@@ -47,7 +47,7 @@ REASONS: tuple[tuple[type[Exception], str], ...] = (
         "`local_files_only` and HF_HUB_OFFLINE",
     ),
     (HFValidationError, "this is neither a folder that exists nor the name of a repository, such as 'user/judge'"),
-    (OfflineModeIsEnabled, "HF_HUB_OFFLINE forbids to ask the Hub"),
+    (OfflineModeIsEnabled, "HF_HUB_OFFLINE forbids asking the Hub"),
 )
 
 

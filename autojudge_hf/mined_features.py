@@ -40,7 +40,7 @@ def compute_features(
     assistant_logit_features: bool = False,
     features_dtype: str = "float32",
 ) -> datasets.Dataset:
-    """Finds the features of mined mismatches from their tokens: for rows without any, or to try other ones.
+    """Computes the features of mined mismatches from their tokens: for rows that have none, or to try others.
 
     An example's harmless mismatches are all in its last response, so that one pass serves them; the important ones
     run as one batch behind what they share with it.

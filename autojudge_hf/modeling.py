@@ -31,7 +31,7 @@ CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, PLOT_NAME = "config.json", "model.safetens
 class Judge(nn.Module):
     """Base class: maps mismatches to importance scores, as logits. Subclasses define `forward`.
 
-    A judge compares in fp32, whatever the models' dtype.
+    Scores are fp32 logits, whatever the models' dtype.
     """
 
     judge_type: str
@@ -201,7 +201,7 @@ class MLPJudge(LinearJudge):
 
 
 class TopKJudge(Judge):
-    """Training-free: a candidate is the less important the better it ranks under the target.
+    """Training-free: the better a candidate ranks under the target, the less important it is.
 
     With rank r the score is (r - 1) / r, its logit log(r - 1): a threshold t accepts the ranks with
     r - 1 < t / (1 - t). The default of 0.6 accepts rank 2, 0.7 also rank 3, 0.76 also rank 4. (Rank 1, which only
@@ -239,7 +239,7 @@ def symbol_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 class MarginJudge(Judge):
-    """Training-free: a candidate is the less important the closer its probability comes to the best token's.
+    """Training-free: the closer a candidate's probability is to the best token's, the less important it is.
 
     With p the target's distribution, the score is 1 - p(candidate) / max p: a threshold t accepts what is more than
     1 - t times as likely as the best token. The default of 0.9 asks for a tenth.
@@ -269,7 +269,7 @@ class EntropyJudge(Judge):
 
 
 class KLJudge(Judge):
-    """Training-free: a mismatch is the less important the closer the two models' distributions are.
+    """Training-free: the closer the two models' distributions are, the less important a mismatch is.
 
     With p the target's distribution and q the assistant's, the score is 1 - exp(-KL(p || q)), over the tokens that
     both could write. After the idea of arXiv 2601.04766, without its exception for a target that is certain.

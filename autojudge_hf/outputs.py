@@ -32,8 +32,8 @@ class JudgeDecoderOnlyOutput(GenerateDecoderOnlyOutput):
         num_matches (`torch.LongTensor` of shape `(batch_size,)`): committed because the target agreed.
         num_judge_accepted (`torch.LongTensor` of shape `(batch_size,)`): committed because the judge called the
             mismatch harmless.
-        num_judge_rejected (`torch.LongTensor` of shape `(batch_size,)`): mismatches that ended their cycle, where the
-            rest of the candidates was dropped unseen. Without a judge, all of those met.
+        num_judge_rejected (`torch.LongTensor` of shape `(batch_size,)`): mismatches that ended a cycle; the candidates
+            after them were dropped unseen. Without a judge, every mismatch reached.
     """
 
     num_target_forwards: torch.LongTensor | None = None
@@ -53,7 +53,7 @@ class JudgeDecoderOnlyOutput(GenerateDecoderOnlyOutput):
 
 
 class KeptOutputs:
-    """`output_scores`, `output_logits` and `output_hidden_states`, row by row, zeros behind a row's end."""
+    """`output_scores`, `output_logits` and `output_hidden_states`, row by row, zeros after a row's end; and counts."""
 
     def __init__(self, generation_config: GenerationConfig, batch_size: int):
         def wanted(name: str) -> list[list[Any]] | None:
@@ -72,7 +72,7 @@ class KeptOutputs:
         self._counts[row] = [total + n for total, n in zip(self._counts[row], cycle)]
 
     def add(self, row: int, num_kept: int, scores: torch.Tensor, logits: torch.Tensor, states: Any, j: int) -> None:
-        """What the first `num_kept` positions behind the last commit of active row j gave."""
+        """What the first `num_kept` positions after the last commit of active row j gave."""
         # Copies: a view would keep the whole block.
         if self._scores is not None:
             self._scores[row].append(scores[j, :num_kept].clone())

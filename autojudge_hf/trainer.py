@@ -81,7 +81,8 @@ class JudgeTrainer:
             self._check_pairs(eval_dataset, "eval_dataset")
             if shared := set(train_dataset["example_id"]) & set(eval_dataset["example_id"]):
                 logger.warning(
-                    f"{len(shared)} example ids are in both datasets: AUC lies if they are the same problems."
+                    f"{len(shared)} example ids are in both datasets. If they are the same problems, the AUC is too "
+                    "high."
                 )
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.judge = AutoJudge.from_config(self._config())

@@ -30,14 +30,14 @@ class JudgeTrainingArguments:
             Inverse strengths of the L2 penalty to try; the best ROC-AUC wins. Defaults to the paper's grid
             1e0 ... 1e-7 (arXiv 2504.20039, section 4).
         num_folds (`int`, *optional*):
-            C is chosen by cross-validation over so many folds of the training examples, no example in two of them.
+            Number of folds for choosing C by cross-validation, grouped by example.
             `None`: by the validation rows, one fit a C.
         recall (`float`, *optional*, defaults to 0.9):
             The threshold is the highest that still rejects this share of the important validation mismatches.
         class_weight (`str`, *optional*):
             `None` or `"balanced"`, as in scikit-learn.
         max_iter (`int`, *optional*, defaults to 2000):
-            Limit of the solver's iterations.
+            Maximum number of solver iterations.
         push_to_hub (`bool`, *optional*, defaults to `False`):
             Whether `save_model` uploads the judge, too. The repository is made when the trainer is.
         hub_model_id (`str`, *optional*):

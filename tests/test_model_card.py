@@ -112,10 +112,10 @@ def test_what_was_not_timed_has_no_speed(config):
 
 def test_thresholds_by_name_are_told(config):
     nameless = JudgeCard(config, "judge").render()
-    assert "by name" not in nameless and "A name from" not in nameless
+    assert "by name" not in nameless and "Each name" not in nameless
     config.thresholds = {"1 point": 0.05, "5 points": 0.2}
     card = JudgeCard(config, "judge").render()
-    assert "| Thresholds by name | 1 point: 0.05, 5 points: 0.2 |" in card and "A name from the first table" in card
+    assert "| Thresholds by name | 1 point: 0.05, 5 points: 0.2 |" in card and "Each name stands for" in card
 
 
 def test_a_judge_mined_under_sampling_is_shown_with_it(config):
