@@ -71,8 +71,7 @@ def calibrate_threshold(
         `list[dict]`: the rows of `evaluate_judge` up to the threshold at which the last budget was missed.
 
     Raises:
-        ValueError: before any decoding, as `evaluate_judge`; and after the lossless row where that has so few answers
-            right that a budget can't be exceeded.
+        ValueError: before any decoding, as `evaluate_judge`.
     """
     thresholds = sorted(thresholds)
     if not thresholds:
@@ -104,14 +103,22 @@ def calibrate_threshold(
     for row in rows_one_by_one(model, assistant_model, tokenizer, dataset, task, judge, **options):
         rows.append(row)
         if row["threshold"] is None:
-            _check_there_is_something_to_lose(row["accuracy"], max_drops)
-            continue
-        pair = rows[0]["correct"], row["correct"]
-        open_budgets = {name for name in open_budgets if is_within_budget(*pair, max_drops[name], confidence)}
-        kept |= dict.fromkeys(open_budgets, row["threshold"])
+            # No more can be lost than is right, whatever a judge does: that says nothing of it.
+            meaningless = {name for name, budget in max_drops.items() if budget >= row["accuracy"]}
+            open_budgets -= meaningless
+        else:
+            pair = rows[0]["correct"], row["correct"]
+            open_budgets = {name for name in open_budgets if is_within_budget(*pair, max_drops[name], confidence)}
+            kept |= dict.fromkeys(open_budgets, row["threshold"])
         if not open_budgets:
             break
-    if unkept := [name for name, threshold in kept.items() if threshold == 0.0]:
+    if meaningless:
+        logger.warning(
+            f"Lossless decoding gets {rows[0]['accuracy']:.1%} of the answers right, too few to lose "
+            f"{sorted(meaningless)}: there the judge accepts nothing. See whether `max_new_tokens` cuts the answers "
+            "off and whether the task finds them, in the `texts` of the first row that this returns."
+        )
+    if unkept := [name for name, threshold in kept.items() if threshold == 0.0 and name not in meaningless]:
         logger.warning(
             f"The lowest threshold tried, {min(thresholds)}, isn't sure to keep to {unkept}: there the judge accepts "
             "nothing. Try lower ones, or more examples."
@@ -122,16 +129,6 @@ def calibrate_threshold(
         judge.config, threshold=next(iter(kept.values())), thresholds=kept, evaluation=[*others, *summary]
     )
     return rows
-
-
-def _check_there_is_something_to_lose(accuracy: float, max_drops: Mapping[str, float]) -> None:
-    """Whatever a judge does, no more answers can be lost than were right."""
-    if meaningless := {name: budget for name, budget in max_drops.items() if budget >= accuracy}:
-        raise ValueError(
-            f"Lossless decoding gets {accuracy:.1%} of the answers right, and so nothing can cost more than "
-            f"{meaningless}. Expected a target that solves such problems: see whether `max_new_tokens` cuts its "
-            "answers off, and whether the task finds them (`evaluate_judge` returns the texts); or give less."
-        )
 
 
 def is_within_budget(

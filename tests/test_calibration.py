@@ -57,8 +57,6 @@ def test_threshold_is_the_last_before_the_first_that_costs_too_much(monkeypatch,
         ([right, right], {"max_drops": {"1 point": "0.01"}}, "0.01 for 1 point; got .'0.01'."),
         ([right, right], {"dataset_name": None}, "`dataset_name`.*None"),
         ([right, right], {"split": 3}, "`split` must be a name.*3"),
-        # However much it spoils, nobody can lose what isn't there.
-        ([[False] * 980 + right[:20], right], {}, "2.0% of the answers right.*more than {'5 points': 0.05}"),
         ([right, right], {"lossless": of_others}, "lossless row of these 1000 examples, got one of 7"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -90,6 +88,18 @@ def test_how_often_a_drop_of_the_budget_passes(budget, n, gained):
         of_others = (gained + budget) / (1 - gained)
         chance += binom.pmf(won, n, gained) * binom.cdf(most, n - won, of_others)
     assert 0.008 < chance < 0.03  # whole answers: with few of them it can't be met exactly
+
+
+def test_what_cannot_be_lost_says_nothing_of_a_judge(monkeypatch, top_k, caplog):
+    """Where a response is cut off before its answer, say, everything keeps to every budget."""
+    few_right = [True] * 20 + [False] * 980
+    rows = calibrated(monkeypatch, top_k, [few_right, few_right], max_drops={"1 point": 0.01, "5 points": 0.05})
+    assert top_k.config.thresholds == {"1 point": pytest.approx(0.1), "5 points": 0.0} and len(rows) == 2
+    assert "2.0% of the answers right, too few to lose ['5 points']" in caplog.text
+    rows = calibrated(monkeypatch, top_k, [[False] * 1000] * 2)
+    assert set(top_k.config.thresholds.values()) == {0.0} and len(rows) == 1
+    assert "0.0% of the answers right, too few to lose ['1 point', '5 points']" in caplog.text
+    assert "isn't sure to keep" not in caplog.text
 
 
 def test_a_local_file_calibrates_twice(monkeypatch, top_k, tmp_path):
