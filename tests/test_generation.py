@@ -409,7 +409,7 @@ def test_training_free_judges_decode(random_pair, judge_type):
     assert torch.equal(model.generate(**inputs, judge_threshold=0.0, **options), greedy)
     # A random model's distributions are flat, and what a score means differs: some threshold accepts a part.
     shares = []
-    for threshold in (0.01, 0.05, 0.2, 0.5, 0.8, 0.95):
+    for threshold in (0.05, 0.5, 0.8):
         batch = model.generate(**inputs, judge_threshold=threshold, return_dict_in_generate=True, **options)
         for i, prompt in enumerate(PROMPTS):
             alone = model.generate(torch.tensor([prompt]), judge_threshold=threshold, **options)
