@@ -68,9 +68,9 @@ class JudgeCandidateGenerator(CandidateGenerator):
     def get_candidates(
         self,
         input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None,
-        max_candidates: int,
-        process: Callable[[torch.LongTensor, torch.Tensor], torch.Tensor] | None,
+        attention_mask: torch.Tensor | None = None,
+        max_candidates: int | None = None,
+        process: Callable[[torch.LongTensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> tuple[torch.LongTensor, torch.Tensor | None]:
         """Drafts after `input_ids`.
 
@@ -86,7 +86,8 @@ class JudgeCandidateGenerator(CandidateGenerator):
             processed logits that they were drawn from, shape `(b, k, v)`, where these are kept.
         """
         self._length = input_ids.shape[1]
-        length = min(self.num_assistant_tokens, max_candidates)
+        limit = self.num_assistant_tokens if max_candidates is None else max_candidates
+        length = min(self.num_assistant_tokens, limit)
         drafted, logits, states = [input_ids[:, :0]], [], []
         tokens = input_ids[:, num_cached(self.cache) :]
         is_plain = process is None and not self.output_logits and not self.output_states
@@ -136,6 +137,9 @@ class JudgeCandidateGenerator(CandidateGenerator):
         """Keeps some rows of the batch, and drops the first `unneeded` columns."""
         shrink(self.cache, rows, num_cached(self.cache) - unneeded)
 
+    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
+        """Nothing to learn: the loop passes each cycle's draft length to `get_candidates`."""
+
     def _known(self, tokens: torch.LongTensor) -> torch.LongTensor:
         """The assistant may lack some of the target's tokens; any other will do: only the draft gets worse."""
         return tokens.clamp(max=self.vocab_size - 1) if self.vocab_size < self.target_vocab_size else tokens
@@ -171,9 +175,9 @@ class FormerResponses(JudgeCandidateGenerator):
     def get_candidates(
         self,
         input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None,
-        max_candidates: int,
-        process: Callable[[torch.LongTensor, torch.Tensor], torch.Tensor] | None,
+        attention_mask: torch.Tensor | None = None,
+        max_candidates: int | None = None,
+        process: Callable[[torch.LongTensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> tuple[torch.LongTensor, torch.Tensor | None]:
         """As [`JudgeCandidateGenerator.get_candidates`]; `num_assistant_tokens` limits the assistant's drafts only."""
         newest = input_ids[:, -max(self.CONTEXTS) :].tolist()
@@ -230,9 +234,9 @@ class PromptLookup(CandidateGenerator):
     def get_candidates(
         self,
         input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None,
-        max_candidates: int,
-        process: Callable[..., torch.Tensor] | None,
+        attention_mask: torch.Tensor | None = None,
+        max_candidates: int = 10,
+        process: Callable[..., torch.Tensor] | None = None,
     ) -> tuple[torch.LongTensor, None]:
         """As [`JudgeCandidateGenerator.get_candidates`]; the draft is certain of its candidates and has no logits.
 
