@@ -31,8 +31,9 @@ def install_judge_argument() -> None:
 
 def _with_judge(generate):
     """Wraps `GenerationMixin.generate`: takes `judge`, and without one runs the original untouched."""
+    signature = inspect.signature(generate)
     kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    names = [name for name, parameter in inspect.signature(generate).parameters.items() if parameter.kind in kinds]
+    names = [name for name, parameter in signature.parameters.items() if parameter.kind in kinds]
 
     @functools.wraps(generate)
     def wrapper(self, *args, judge=None, **kwargs):
@@ -41,6 +42,7 @@ def _with_judge(generate):
         options = {name: kwargs.pop(name, None) for name in ("judge_threshold", "num_assistant_tokens")}
         if kwargs.pop("custom_generate", None) is not None:
             raise ValueError("Pass either `judge` or `custom_generate`: each brings its own decoding loop.")
+        signature.bind(self, *args, **kwargs)  # raises for an argument that is given twice
         # (A wrapper of somebody else's may have no names for what it passes on.)
         kwargs |= dict(zip(names[1:], args))
         args = args[len(names[1:]) :]

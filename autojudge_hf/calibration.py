@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from .configuration import public_name
-from .evaluation import evaluation_summary, rows_one_by_one
+from .evaluation import check_names, evaluation_summary, rows_one_by_one
 from .tasks import Task
 
 
@@ -82,9 +82,7 @@ def calibrate_threshold(
         raise ValueError(f"Budgets are shares of all examples, 0.01 for 1 point; got {wrong} in `max_drops`.")
     if not 0.5 <= confidence < 1.0:
         raise ValueError(f"`confidence` must be at least 0.5 and below 1, got {confidence!r}.")
-    for name, value in (("dataset_name", dataset_name), ("split", split)):
-        if not isinstance(value, str) or not value:
-            raise ValueError(f"`{name}` must be a name, for the judge's card, got {value!r:.50}.")
+    check_names(dataset_name=dataset_name, split=split)
     dataset_name = public_name(dataset_name)
     dataset = list(dataset)
     if lossless is not None and (lossless["threshold"] is not None or len(lossless["correct"]) != len(dataset)):

@@ -202,9 +202,7 @@ def evaluation_summary(
         interval (`drop_low`, `drop_high`), `tokens_per_cycle`, `speedup` (tokens per second to lossless),
         `mean_response_length` (tokens), and what the arguments say.
     """
-    for name, value in (("dataset", dataset), ("split", split)):
-        if not isinstance(value, str) or not value:
-            raise ValueError(f"`{name}` must be its name, for the judge's card, got {value!r:.50}.")
+    check_names(dataset=dataset, split=split)
     lossless = rows[0]
     if lossless["threshold"] is not None:
         raise ValueError(f"The first row must be the lossless one, got that of threshold {lossless['threshold']}.")
@@ -228,6 +226,13 @@ def evaluation_summary(
             }
         )
     return summary
+
+
+def check_names(**names: Any) -> None:
+    """Raises a `ValueError` for what can't stand in a judge's card as a name."""
+    for argument, value in names.items():
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"`{argument}` must be a name, for the judge's card, got {value!r:.50}.")
 
 
 def paired_interval(first: Sequence[bool], second: Sequence[bool]) -> tuple[float, float]:

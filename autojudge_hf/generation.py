@@ -172,15 +172,15 @@ def judge_decoding(
                 )
             blocks, finished = [], []
             outcomes = verification.on_host(candidate_ids, is_harmless, lengths, stop.eos_token_ids)
-            for j, (block, _, _) in enumerate(outcomes):
-                row = rows.active[j]
+            for j, outcome in enumerate(outcomes):
+                row, block = rows.active[j], outcome.block
                 scores = kept.scores(row, processed[j, : len(block)]) if stop.others else None
                 num_kept, done = stop(rows, j, block, scores)
                 blocks.append(block[:num_kept])
                 finished.append(done)
                 kept.add(row, num_kept, processed, logits, outputs.hidden_states, j)
                 if not prefill:
-                    kept.count(row, outcomes[j], num_kept)
+                    kept.count(row, outcome, num_kept)
             verified = draft_length.now(model.device)
             if streamer is not None:
                 streamer.put(torch.tensor(blocks))

@@ -236,17 +236,22 @@ def _example_id(path: Path) -> int:
     return int(path.stem.split("-")[1])
 
 
+def pairs_in(mined: datasets.Dataset) -> set[str]:
+    """The values of the column `pair`, one for each mining that the rows come from."""
+    # `Dataset.unique` would copy the whole of a split, under a progress bar.
+    return set(mined.with_format("arrow")["pair"][:].unique().to_pylist())
+
+
 def pair_of(mined: datasets.Dataset) -> dict[str, Any]:
     """What the column `pair` says: which models were mined, and how.
 
     Raises:
         ValueError: for rows of several minings, or none.
     """
-    # `Dataset.unique` would copy the whole of a split, under a progress bar.
-    pairs = mined.with_format("arrow")["pair"][:].unique().to_pylist()
+    pairs = pairs_in(mined)
     if len(pairs) != 1:
         raise ValueError(f"The rows come from {len(pairs)} different minings, expected one.")
-    return json.loads(pairs[0])
+    return json.loads(pairs.pop())
 
 
 def features_of(pair: dict[str, Any]) -> datasets.Features:

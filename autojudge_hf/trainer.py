@@ -21,6 +21,7 @@ from .auto import AutoJudge
 from .configuration import JudgeConfig
 from .fitting import fit_judges, folds, roc_auc
 from .hub import create_repo
+from .mined_examples import pairs_in
 from .training_args import JudgeTrainingArguments
 from .verification import harmless
 
@@ -87,13 +88,8 @@ class JudgeTrainer:
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.judge = AutoJudge.from_config(self._config())
         self._train, self._eval = self._arrays(train_dataset, "training"), self._arrays(eval_dataset, "validation")
-        for name, (_, labels) in (("training", self._train), ("validation", self._eval)):
-            for label, meaning in ((0, "unimportant"), (1, "important")):
-                if not (labels == label).any():
-                    raise ValueError(
-                        f"The {name} rows ({len(labels)}) hold no {meaning} mismatch, and a judge has to see both "
-                        "kinds. Mine more examples, or hold out others (`validation_size`, `seed`)."
-                    )
+        _check_both_kinds(self._train[1], "training")
+        _check_both_kinds(self._eval[1], "validation")
         if args.push_to_hub:
             # Now, so that a bad name or token is told before the fit.
             create_repo(self._hub_model_id(), private=args.hub_private_repo, token=args.hub_token)
@@ -242,9 +238,9 @@ class JudgeTrainer:
         if len(pairs) != 1:
             read = [json.loads(pair) for pair in sorted(pairs)]
             differences = [
-                f"{name}: " + " or ".join(dict.fromkeys(json.dumps(pair.get(name)) for pair in read))
-                for name in sorted(set().union(*read))
-                if any(pair.get(name) != read[0].get(name) for pair in read)
+                f"{key}: " + " or ".join(dict.fromkeys(json.dumps(pair.get(key)) for pair in read))
+                for key in sorted(set().union(*read))
+                if any(pair.get(key) != read[0].get(key) for pair in read)
             ]
             raise ValueError(
                 f"The rows come from {len(pairs)} different minings, expected one: a judge knows one pair and one "
@@ -364,5 +360,13 @@ def _pairs(dataset: datasets.Dataset, name: str) -> set[str]:
         )
     if len(dataset) == 0:
         raise ValueError(f"`{name}` has no rows. Mine more examples.")
-    # `Dataset.unique` would copy the whole of a split, under a progress bar.
-    return set(dataset.with_format("arrow")["pair"][:].unique().to_pylist())
+    return pairs_in(dataset)
+
+
+def _check_both_kinds(labels: np.ndarray, name: str) -> None:
+    for label, meaning in ((0, "unimportant"), (1, "important")):
+        if not (labels == label).any():
+            raise ValueError(
+                f"The {name} rows ({len(labels)}) hold no {meaning} mismatch, and a judge has to see both kinds. "
+                "Mine more examples, or hold out others (`validation_size`, `seed`)."
+            )

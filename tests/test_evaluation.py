@@ -174,7 +174,7 @@ def test_what_is_no_dataset_and_no_task(pair, tokenizer, top_k):
         measure(dataset=EXAMPLES, task=EvenLength)
     rows = measure(dataset=EXAMPLES, task=EvenLength())
     for wrong in ({"dataset": None, "split": "test"}, {"dataset": "made-up", "split": 3}):
-        with pytest.raises(ValueError, match="must be its name, for the judge's card"):
+        with pytest.raises(ValueError, match="must be a name, for the judge's card"):
             evaluation_summary(rows, **wrong)
 
 

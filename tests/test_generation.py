@@ -768,6 +768,8 @@ def test_other_wrappers_around_generate(random_pair, top_k, monkeypatch):
         ours = GenerationMixin.generate
         assert ours is not inner and ours.__wrapped__ is inner
         assert torch.equal(model.generate(PROMPT, judge=top_k, **options), expected)
+    with pytest.raises(TypeError, match="multiple values for argument 'inputs'"):
+        model.generate(PROMPT, inputs=PROMPT, judge=top_k, **options)
 
     @functools.wraps(ours)
     def outer(*args, **kwargs):
