@@ -31,6 +31,14 @@ if TYPE_CHECKING:
 CACHE_NAME = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 
 
+#: How forwards are compiled, unless the caller says: captured as graphs, since on a GPU launches take the most time.
+#: A single token's products do nothing but read weights, and kernels that are tuned for that do it faster.
+COMPILE_CONFIG = CompileConfig(dynamic=False)
+ONE_TOKEN_CONFIG = CompileConfig(
+    dynamic=False, mode=None, options={"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+)
+
+
 class FixedLayer(StaticLayer):
     """Writes where its cache says; a static layer counts for itself, so that every layer would have to be set back.
 
@@ -84,11 +92,9 @@ class FixedCache(StaticCache):
         self.length, self.rows = 0, num_rows
         #: How many tokens a forward may have; any other number is filled up, or a prefill.
         self.widths: Sequence[int] = ()
-        #: The model, compiled or not, while a call has the cache.
-        self.forward: Callable[..., Any] | None = None
-        #: How the model is compiled; `None` where it isn't.
+        #: How forwards are compiled; `None` where they aren't.
         self.compile_config: CompileConfig | None = None
-        self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
+        self._compiled: dict[tuple[Callable[..., Any], bool], Callable[..., Any]] = {}
         self.is_taken, self.is_warm = False, False
 
     def begin(self, rows: int, n: int, attention_mask: torch.Tensor | None) -> None:
@@ -104,20 +110,21 @@ class FixedCache(StaticCache):
             self.mask[:rows, : attention_mask.shape[1]] = attention_mask.to(self.mask.device)
 
     def compile_with(self, compile_config: CompileConfig | None) -> None:
-        """Says how the model is compiled, in this call and in those that follow."""
+        """Says how forwards are compiled, in this call and in those that follow."""
         if self.compile_config != compile_config:
             self.compile_config, self._compiled = compile_config, {}
 
-    def compiled(self, function: Callable[..., Any], rows: int, n: int) -> Callable[..., Any]:
-        """What goes with forwards of `n` tokens in each of the rows, compiled as the model is.
-
-        As it stands where a forward would be filled up: it would be compiled for every number of rows and tokens.
-        """
-        if self.compile_config is None or rows < self.num_rows or n not in self.widths:
+    def compiled(self, function: Callable[..., Any], n: int) -> Callable[..., Any]:
+        """The function for `n` tokens in each row, compiled once for this shape, or as it stands."""
+        if self.compile_config is None:
             return function
-        if function not in self._compiled:
-            self._compiled[function] = torch.compile(function, **self.compile_config.to_dict())
-        return self._compiled[function]
+        config = self.compile_config
+        if config == COMPILE_CONFIG and self.num_rows * n == 1:
+            config = ONE_TOKEN_CONFIG
+        key = function, config is ONE_TOKEN_CONFIG
+        if key not in self._compiled:
+            self._compiled[key] = torch.compile(function, **config.to_dict())
+        return self._compiled[key]
 
     def is_prefill(self, n: int) -> bool:
         """Whether a forward of `n` tokens has a shape of its own."""
@@ -170,7 +177,7 @@ def take_fixed_cache(
     if not fits:
         cache = FixedCache(model, num_rows, -(-length // _GRANULARITY) * _GRANULARITY)
     cache.clear()
-    cache.widths, cache.forward, cache.is_taken = widths, model, True
+    cache.widths, cache.is_taken = widths, True
     if generation_config.compile_config is not None:
         # Who passes one wants it, on a CPU too, where stock `generate` would not.
         generation_config = copy.copy(generation_config)
@@ -180,8 +187,7 @@ def take_fixed_cache(
     # Before torch 2.13 CUDA graphs belong to one thread, and another's replays would overwrite what it reads.
     is_safe = model.device.type != "cuda" or threading.current_thread() is threading.main_thread()
     if is_safe and model._valid_auto_compile_criteria({CACHE_NAME: cache}, generation_config):
-        compile_config = generation_config.compile_config or CompileConfig(dynamic=False)
-        cache.forward = model.get_compiled_call(compile_config)
+        compile_config = generation_config.compile_config or COMPILE_CONFIG
         limit = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = max(limit, _RECOMPILE_LIMIT)
         if not cache.is_warm:
@@ -193,7 +199,7 @@ def take_fixed_cache(
 
 
 def give_fixed_cache_back(model: PreTrainedModel, cache: FixedCache) -> None:
-    cache.forward, cache.is_taken = None, False  # or it would keep the model alive
+    cache.is_taken = False
     kept_caches[model] = cache
 
 

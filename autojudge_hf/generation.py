@@ -167,9 +167,7 @@ def judge_decoding(
 
             is_harmless = None
             if judging.wants(verification.matches):
-                is_harmless = judging(
-                    candidate_ids, processed, outputs.states, drafter.states, assistant_logits, cache
-                )
+                is_harmless = judging(candidate_ids, processed, outputs.states, drafter.states, assistant_logits)
             blocks, finished = [], []
             outcomes = verification.on_host(candidate_ids, is_harmless, lengths, stop.eos_token_ids)
             for j, outcome in enumerate(outcomes):

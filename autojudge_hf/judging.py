@@ -7,14 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .caches import FixedCache
 from .features import judge_inputs
 from .verification import harmless
 
 
 if TYPE_CHECKING:
-    from transformers.cache_utils import Cache
-
     from .modeling import Judge
 
 
@@ -58,7 +55,6 @@ class Judging:
         states: torch.Tensor | None,
         assistant_states: torch.Tensor | None,
         assistant_logits: torch.Tensor | None,
-        cache: Cache,
     ) -> torch.Tensor:
         """Which candidates may stay even if they don't match, shape `(b, k)`.
 
@@ -66,35 +62,12 @@ class Judging:
             candidate_ids, assistant_states, assistant_logits: see `judge_inputs`.
             logits (`torch.FloatTensor` of shape `(b, k + 1, v)`): the target's, processed.
             states (`torch.FloatTensor` of shape `(b, n, h)`, *optional*): the target's, of which the last k + 1 count.
-            cache (`Cache`): the target's. Where that is compiled, so is the judge.
         """
-        rows, n = logits.shape[:2]
-        scores_of = _scores
-        if isinstance(cache, FixedCache):
-            scores_of = cache.compiled(_scores, rows, n)
-            # A copy, since views are told apart by their strides, and compiled anew.
-            candidate_ids = candidate_ids.clone(memory_format=torch.contiguous_format)
-        states = None if states is None else states[:, -n:]
-        scores, total = scores_of(
-            self.judge, self._num_state_features, candidate_ids, logits, states, assistant_states, assistant_logits
-        )
-        self._sum_of_states += total
-        return harmless(scores, self.threshold)
+        states = None if states is None else states[:, -logits.shape[1] :]
+        inputs = judge_inputs(candidate_ids, logits, states, assistant_states, assistant_logits, self.judge.config)
+        # Logit features of a candidate that processors forbid are infinite, and no cause for alarm.
+        self._sum_of_states += inputs.features[..., : self._num_state_features].sum()
+        return harmless(self.judge(inputs), self.threshold)
 
     def saw_only_finite_states(self) -> bool:
         return bool(self._sum_of_states.isfinite())
-
-
-def _scores(
-    judge: Judge,
-    num_state_features: int,
-    candidate_ids: torch.LongTensor,
-    logits: torch.Tensor,
-    states: torch.Tensor | None,
-    assistant_states: torch.Tensor | None,
-    assistant_logits: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The judge's scores of shape `(b, k)`, and the sum of the states it reads, finite if all of them are."""
-    inputs = judge_inputs(candidate_ids, logits, states, assistant_states, assistant_logits, judge.config)
-    # Logit features of a candidate that processors forbid are infinite, and no cause for alarm.
-    return judge(inputs), inputs.features[..., :num_state_features].sum()

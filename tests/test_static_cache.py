@@ -90,9 +90,34 @@ def test_compiled_once(compiled, top_k, batch_size):
         inputs = left_padded(prompts[:batch_size])
         assert same(model.generate(**inputs, **options, **compiled), model.generate(**inputs, **options, **GREEDY))
         graphs.append(counters["stats"]["unique_graphs"])
-    # The target's, the judge's, and the assistant's for one token and for two.
-    assert graphs == [4, 4, 4]
+    # The target's, and the assistant's for one token and for two.
+    assert graphs == [3, 3, 3]
     assert not counters["graph_break"]
+
+
+def test_one_token_is_compiled_for_itself(monkeypatch, top_k):
+    """By kernels that are tuned for it, unless the caller says how to compile, or there are more rows."""
+    compiled = set()
+
+    def compile(function, mode=None, options=None, **config):
+        compiled.add((function.__name__, mode, bool(options and options["coordinate_descent_tuning"])))
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    model = random_llama()
+    options = {"assistant_model": similar_model(model), "judge": top_k, "max_new_tokens": 20, **STATIC}
+    # All candidates are accepted, and so the next draft begins with two tokens.
+    options |= {"judge_threshold": 1.0, "num_assistant_tokens": 4}
+    default = CompileConfig(dynamic=False)
+    of_two = {("_pass", "reduce-overhead", False), ("_greedy_step", "reduce-overhead", False)}
+    model.generate(PROMPT, compile_config=default, **options)
+    assert compiled == of_two | {("_greedy_step", None, True)}
+    compiled.clear()
+    model.generate(**left_padded(PROMPTS[:2]), compile_config=default, **options)
+    assert compiled == of_two
+    compiled.clear()
+    model.generate(PROMPT, compile_config=CompileConfig(mode="default"), **options)
+    assert compiled == {("_pass", "default", False), ("_greedy_step", "default", False)}
 
 
 @pytest.mark.slow
@@ -112,8 +137,8 @@ def test_compiled_for_real(target, draft, tokenizer, test_problems, judge):
                 **inputs, **options, judge_threshold=threshold, compile_config=CompileConfig(dynamic=False), **STATIC
             )
             assert same(compiled, expected)
-    # The target's, with hidden states and without, the judge's, and the draft's for one token and for two.
-    assert counters["stats"]["unique_graphs"] == 5
+    # The target's, with hidden states and without, and the draft's for one token and for two.
+    assert counters["stats"]["unique_graphs"] == 4
     torch._dynamo.reset()
 
 
