@@ -215,6 +215,7 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--agreement", type=float, default=0.82, help="share of tokens at which the draft agrees")
+    parser.add_argument("--num_threads", type=int, default=2)
     parser.add_argument("--harmless", type=float, default=0.65, help="share of the mismatches that don't matter")
     args = parser.parse_args()
     if args.device != "cpu" and not torch.cuda.is_available():
@@ -222,7 +223,7 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
             f"--device {args.device}: there is no GPU here. `--pair tiny --device cpu` shows what it would do."
         )
     args.dtype = torch.float32 if args.device == "cpu" else getattr(torch, args.dtype)
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.num_threads)
     return args
 
 

@@ -353,7 +353,7 @@ def test_models_of_the_gpu_benchmark_do_as_they_are_told():
 
 @pytest.mark.slow
 def test_the_whole_job_finds_what_was_planted():
-    result = run("examples/whole_job.py", "--pair", "tiny", "--device", "cpu")
+    result = run("examples/whole_job.py", "--pair", "tiny", "--device", "cpu", "--num_threads", 1)
     assert result.returncode == 0, result.stderr
     steps = {cells[1].strip(): cells[4] for line in result.stdout.splitlines() if len(cells := line.split("|")) > 4}
     right, mined = re.search(r"(\d+) of (\d+) labels", steps["mine"]).groups()
