@@ -64,6 +64,7 @@ class JudgeCandidateGenerator(CandidateGenerator):
         #: How many candidates of each row are real; `None`: all of them.
         self.lengths: list[int] | None = None
         self._length = num_cached(self.cache)
+        self._device = assistant_model.device
 
     def get_candidates(
         self,
@@ -147,10 +148,9 @@ class JudgeCandidateGenerator(CandidateGenerator):
     def _forward(self, tokens: torch.LongTensor, mask: torch.Tensor | None):
         if mask is not None:
             new = num_cached(self.cache) + tokens.shape[1] - mask.shape[1]
-            mask = torch.nn.functional.pad(mask, (0, new), value=1)
-        return cached_forward(
-            self.assistant_model, self._known(tokens), self.cache, mask, output_states=self.output_states
-        )
+            mask = torch.nn.functional.pad(mask, (0, new), value=1).to(self._device)
+        tokens = self._known(tokens).to(self._device)
+        return cached_forward(self.assistant_model, tokens, self.cache, mask, output_states=self.output_states)
 
 
 class FormerResponses(JudgeCandidateGenerator):

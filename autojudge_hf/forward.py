@@ -77,7 +77,7 @@ def cached_forward(
     """Runs `tokens` through `model` behind what `cache` holds, which then holds them too.
 
     Args:
-        tokens (`torch.LongTensor` of shape `(b, n)`): the new tokens.
+        tokens (`torch.LongTensor` of shape `(b, n)`): the new tokens, where the model is, as is the mask.
         cache (`Cache`): keys and values of the prefix; extended in place.
         attention_mask (`torch.LongTensor` of shape `(b, prefix + n)`, *optional*): 0 at padding. `None`: no padding.
         num_logits (`int`): how many last positions get logits and states; not every model can skip the others.
@@ -91,14 +91,14 @@ def cached_forward(
     if isinstance(cache, FixedCache):
         return _fixed_forward(model, tokens, cache, attention_mask, num_logits, output_states, output_hidden_states)
     with torch.inference_mode(), _head_inputs(model) if output_states else contextlib.nullcontext([None]) as seen:
-        inputs = _model_inputs(model, tokens.to(model.device), cache, num_logits)
+        inputs = _model_inputs(model, tokens, cache, num_logits)
         if attention_mask is not None:
-            inputs["attention_mask"] = attention_mask.to(model.device)
-            inputs |= _position_ids(model, inputs["attention_mask"], slice(-tokens.shape[1], None))
+            inputs["attention_mask"] = attention_mask
+            inputs |= _position_ids(model, attention_mask, slice(-tokens.shape[1], None))
         elif "position_ids" in forward_parameters(model):
             # Not every model would count them as `generate` does (RoBERTa).
             first = cache.get_seq_length()
-            inputs["position_ids"] = torch.arange(first, first + tokens.shape[1], device=model.device)[None]
+            inputs["position_ids"] = torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
         outputs = model(**inputs, output_hidden_states=output_hidden_states, return_dict=True)
     return Pass(outputs.logits, seen[0], outputs.hidden_states)
 

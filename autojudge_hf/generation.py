@@ -91,6 +91,7 @@ def judge_decoding(
         assistant_model = first_layers(model, generation_config.assistant_early_exit)
     threshold = checked_judge(judge, judge_threshold, model, assistant_model, generation_config)
 
+    device = model.device  # looked up once: it takes longer than moving a tensor to where it is
     judging = Judging(judge, threshold, input_ids.device)
     circumstances = (judging.judge and judge.judge_type, round(threshold, 2), len(input_ids))
     draft_length = draft_schedule(num_assistant_tokens, model, own_assistant, generation_config, circumstances)
@@ -130,7 +131,7 @@ def judge_decoding(
     try:
         prefill = True
         while rows.active:
-            started = draft_length.now(model.device)
+            started = draft_length.now(device)
             # The first cycle is the prefill: no candidates, the target's first token.
             sequence, assistant_logits, room = rows.input_ids, None, [0] * len(rows.active)
             if not prefill:
@@ -141,16 +142,16 @@ def judge_decoding(
                 sequence, assistant_logits = drafter.get_candidates(
                     sequence, rows.attention_mask, longest_draft, process
                 )
-            drafted = draft_length.now(model.device)
+            drafted = draft_length.now(device)
             candidate_ids = sequence[:, rows.input_ids.shape[1] :]
             k = candidate_ids.shape[1]
 
             attention_mask = rows.attention_mask
             if attention_mask is not None:
-                attention_mask = torch.nn.functional.pad(attention_mask, (0, k), value=1)
+                attention_mask = torch.nn.functional.pad(attention_mask, (0, k), value=1).to(device)
             outputs = cached_forward(
                 model,
-                sequence[:, num_cached(cache) :],
+                sequence[:, num_cached(cache) :].to(device),
                 cache,
                 attention_mask,
                 num_logits=k + 1,
@@ -179,7 +180,7 @@ def judge_decoding(
                 kept.add(row, num_kept, processed, logits, outputs.hidden_states, j)
                 if not prefill:
                     kept.count(row, outcome, num_kept)
-            verified = draft_length.now(model.device)
+            verified = draft_length.now(device)
             if streamer is not None:
                 streamer.put(torch.tensor(blocks))
             # The newest token's keys and values aren't in the cache yet; those of rejected candidates are.
