@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 CACHE_NAME = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 
 
-#: How forwards are compiled, unless the caller says: captured as graphs, since on a GPU launches take the most time.
+#: How models are compiled, unless the caller says: captured as graphs, since on a GPU launches take the most time.
 #: A single token's products do nothing but read weights, and kernels that are tuned for that do it faster.
 COMPILE_CONFIG = CompileConfig(dynamic=False)
 ONE_TOKEN_CONFIG = CompileConfig(
@@ -92,7 +92,9 @@ class FixedCache(StaticCache):
         self.length, self.rows = 0, num_rows
         #: How many tokens a forward may have; any other number is filled up, or a prefill.
         self.widths: Sequence[int] = ()
-        #: How forwards are compiled; `None` where they aren't.
+        #: The model, compiled or not, while a call has the cache.
+        self.forward: Callable[..., Any] | None = None
+        #: How it is compiled; `None` where it isn't.
         self.compile_config: CompileConfig | None = None
         self._compiled: dict[tuple[Callable[..., Any], bool], Callable[..., Any]] = {}
         self.is_taken, self.is_warm = False, False
@@ -110,12 +112,12 @@ class FixedCache(StaticCache):
             self.mask[:rows, : attention_mask.shape[1]] = attention_mask.to(self.mask.device)
 
     def compile_with(self, compile_config: CompileConfig | None) -> None:
-        """Says how forwards are compiled, in this call and in those that follow."""
+        """Says how the model is compiled, in this call and in those that follow."""
         if self.compile_config != compile_config:
             self.compile_config, self._compiled = compile_config, {}
 
     def compiled(self, function: Callable[..., Any], n: int) -> Callable[..., Any]:
-        """The function for `n` tokens in each row, compiled once for this shape, or as it stands."""
+        """What runs the model on `n` tokens of each row, compiled as it is, or as it stands."""
         if self.compile_config is None:
             return function
         config = self.compile_config
@@ -177,7 +179,7 @@ def take_fixed_cache(
     if not fits:
         cache = FixedCache(model, num_rows, -(-length // _GRANULARITY) * _GRANULARITY)
     cache.clear()
-    cache.widths, cache.is_taken = widths, True
+    cache.widths, cache.forward, cache.is_taken = widths, model, True
     if generation_config.compile_config is not None:
         # Who passes one wants it, on a CPU too, where stock `generate` would not.
         generation_config = copy.copy(generation_config)
@@ -188,6 +190,7 @@ def take_fixed_cache(
     is_safe = model.device.type != "cuda" or threading.current_thread() is threading.main_thread()
     if is_safe and model._valid_auto_compile_criteria({CACHE_NAME: cache}, generation_config):
         compile_config = generation_config.compile_config or COMPILE_CONFIG
+        cache.forward = model.get_compiled_call(compile_config)
         limit = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = max(limit, _RECOMPILE_LIMIT)
         if not cache.is_warm:
@@ -199,7 +202,7 @@ def take_fixed_cache(
 
 
 def give_fixed_cache_back(model: PreTrainedModel, cache: FixedCache) -> None:
-    cache.is_taken = False
+    cache.forward, cache.is_taken = None, False  # or it would keep the model alive
     kept_caches[model] = cache
 
 

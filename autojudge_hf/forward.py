@@ -128,26 +128,18 @@ def _fixed_forward(
     # Copies, since views are told apart by their strides and offsets, and compiled anew.
     positions = _position_ids(model, cache.mask, slice(cache.length, cache.length + width))
     inputs |= {"attention_mask": cache.mask, **{name: ids.clone() for name, ids in positions.items()}}
-    run = _pass if is_prefill else cache.compiled(_pass, width)
-    outputs = run(model, inputs, output_states, output_hidden_states)
+    # Hooks would be compiled in. The last of these states is what the head reads, tested on every architecture.
+    layers = output_states or output_hidden_states
+    outputs = (model if is_prefill else cache.forward)(**inputs, output_hidden_states=layers, return_dict=True)
     cache.length += n
 
     def own(x: torch.Tensor) -> torch.Tensor:
         # The next replay of a captured graph overwrites what this one returns.
         return x[:rows, : x.shape[1] - (width - n)].clone()
 
-    states = own(outputs.states) if output_states else None
+    states = own(outputs.hidden_states[-1]) if output_states else None
     hidden_states = tuple(map(own, outputs.hidden_states)) if output_hidden_states else None
     return Pass(own(outputs.logits), states, hidden_states)
-
-
-def _pass(model: PreTrainedModel, inputs: dict[str, Any], output_states: bool, output_hidden_states: bool) -> Pass:
-    """One forward, and of the layers' states only what is asked for: a graph keeps all that it returns."""
-    # Hooks would be compiled in. The last of these states is what the head reads, tested on every architecture.
-    layers = output_states or output_hidden_states
-    outputs = model(**inputs, output_hidden_states=layers, return_dict=True)
-    states = outputs.hidden_states[-1] if output_states else None
-    return Pass(outputs.logits, states, outputs.hidden_states if output_hidden_states else None)
 
 
 @torch.no_grad()

@@ -9,10 +9,11 @@ only depends on the last: the target counts up, the draft skips a token at a cho
 knows by the mean of a hidden state which of these are harmless. The roofline is the time to read the weights
 that a cycle reads, at the bandwidth of a copy in the same run; keys, values and the prefill are left out of it, and so
 are in what a row loses. What a row writes is compared with what the target would, where that is promised. Graphs that
-were compiled and not captured are counted, and so are those recorded in the timed calls: none should be. (Stock makes
-a new static cache for every call, and so records its graphs anew.) What was compiled is kept until the batch size
-changes: a first call compiles what the rows before it didn't. Half an hour or so with all rows, by estimate: on an
-H100 a first call took 50 to 110 seconds; `--draft_lengths`, `--batch_sizes` and `--ways` choose some.
+were compiled and not captured are counted, and so are those that the timed calls compile or record: none should be.
+(Stock makes a new static cache for every call, and so records its graphs anew.) The rows of a draft length are timed
+in turn. What was compiled is kept until the batch size changes: a first call compiles what the rows before it didn't.
+Half an hour or so with all rows, by estimate: on an H100 a first call took 50 to 110 seconds; `--draft_lengths`,
+`--batch_sizes` and `--ways` choose some.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -164,11 +166,12 @@ def ways_to_decode(draft: PreTrainedModel, judge: AutoJudge, args) -> list[Way]:
     return ways
 
 
-def graphs_recorded(device: str) -> int:
-    """How many CUDA graphs there have been so far. One whose inputs moved is recorded anew, and nothing says so."""
+def graphs_made(device: str) -> int:
+    """Graphs compiled and CUDA graphs recorded so far; one whose inputs moved is recorded anew in silence."""
+    compiled = counters["stats"]["unique_graphs"]
     index = None if device == "cpu" else torch.cuda.current_device()
     manager = None if index is None else cudagraph_trees.get_manager(index, create_if_none_exists=False)
-    return 0 if manager is None else manager.debug_fail_counter
+    return compiled if manager is None else compiled + manager.debug_fail_counter
 
 
 def forget_graphs() -> None:
@@ -177,8 +180,8 @@ def forget_graphs() -> None:
     gc.collect()
 
 
-def run(model: PreTrainedModel, draft: PreTrainedModel, way: Way, args) -> dict[str, float]:
-    """Seconds of the first call, which compiles, and of the others; tokens per cycle, peak memory; what is checked."""
+def first_calls(model: PreTrainedModel, draft: PreTrainedModel, way: Way, args) -> dict[str, Any]:
+    """Decodes twice, since the second call may still record graphs: a row, and under `generate` the call to time."""
     counters.clear()
     # Token 0 would pass for padding.
     starts = 1 + torch.arange(way.batch_size, device=args.device)[:, None] * 37
@@ -190,23 +193,33 @@ def run(model: PreTrainedModel, draft: PreTrainedModel, way: Way, args) -> dict[
     first, (responses, forwards, decisions) = timed(args.device, functools.partial(decode_batch, model, options))
     generate = functools.partial(model.generate, **options)
     timed(args.device, generate)
-    if args.device != "cpu":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    recorded = graphs_recorded(args.device)
-    runs = [timed(args.device, generate) for _ in range(args.rounds)]
     # Ours counts cycles, of which the prefill isn't one; stock drafts from its first forward on.
     new = (args.num_tokens - 1) * way.batch_size
     counted_up = inputs[:, -1:] + 1 + torch.arange(args.num_tokens, device=args.device)
     return {
+        "way": way,
+        "generate": generate,
         "is_right": responses == (counted_up % model.config.vocab_size).tolist(),
         "graphs_missed": counters["inductor"]["cudagraph_skips"],
-        "graphs_recorded": graphs_recorded(args.device) - recorded,
         "first": first,
-        "seconds": statistics.median(seconds for seconds, _ in runs),
         "tokens_per_cycle": args.num_tokens / forwards[0] if decisions is None else new / sum(forwards),
-        "peak": torch.cuda.max_memory_allocated() if args.device != "cpu" else 0,
+        "seconds": [],
+        "peak": 0,
+        "new_graphs": 0,
     }
+
+
+def time_in_turn(rows: list[dict[str, Any]], args) -> None:
+    """A call of each row in every round: what drifts, drifts for all of them."""
+    for _ in range(args.rounds):
+        for row in rows:
+            if args.device != "cpu":
+                torch.cuda.reset_peak_memory_stats()
+            graphs = graphs_made(args.device)
+            row["seconds"].append(timed(args.device, row["generate"])[0])
+            row["new_graphs"] += graphs_made(args.device) - graphs
+            if args.device != "cpu":
+                row["peak"] = max(row["peak"], torch.cuda.max_memory_allocated())
 
 
 def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -251,24 +264,28 @@ def main() -> None:
     print(f"copies: {rate / 1e9:.0f} GB/s; weights: {read / 1e9:.2f} and {read_by_draft / 1e9:.2f} GB")
     print("roofline: tokens/s if a cycle took no longer than to read the weights\n")
     header = "decoding|draft length|batch|tokens per cycle|tokens/s|to roofline|first call, s|peak GB"
-    header += "|the target's tokens|graphs missed|recorded anew"
+    header += "|the target's tokens|graphs missed|new graphs"
     print("| " + header.replace("|", " | ") + " |\n|" + " --- |" * (header.count("|") + 1))
+    ways = [
+        way
+        for way in ways_to_decode(draft, judge, args)
+        if not args.ways or any(part in way.name for part in args.ways)
+    ]
     batch_size = None
-    for way in ways_to_decode(draft, judge, args):
-        if args.ways and not any(part in way.name for part in args.ways):
-            continue
-        if way.batch_size != batch_size:
+    for (b, k), group in itertools.groupby(ways, key=lambda way: (way.batch_size, way.draft_length)):
+        if b != batch_size:
             forget_graphs()
-            batch_size = way.batch_size
-        row = run(model, draft, way, args)
-        speed = way.batch_size * args.num_tokens / row["seconds"]
-        cycle = (read + way.draft_length * read_by_draft) / rate
-        roofline = way.batch_size * row["tokens_per_cycle"] / cycle
-        cells = [way.name, way.draft_length or "", way.batch_size, f"{row['tokens_per_cycle']:.2f}", f"{speed:.0f}"]
-        cells += [f"{speed / roofline:.2f}", f"{row['first']:.1f}", f"{row['peak'] / 1e9:.2f}"]
-        cells += ["" if "judged" in way.name else "yes" if row["is_right"] else "NO"]
-        cells += [row["graphs_missed"], row["graphs_recorded"]]
-        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+            batch_size = b
+        rows = [first_calls(model, draft, way, args) for way in group]
+        time_in_turn(rows, args)
+        for row in rows:
+            name, is_judged = row["way"].name, "judged" in row["way"].name
+            speed = b * args.num_tokens / statistics.median(row["seconds"])
+            roofline = b * row["tokens_per_cycle"] * rate / (read + k * read_by_draft)
+            cells = [name, k or "", b, f"{row['tokens_per_cycle']:.2f}", f"{speed:.0f}", f"{speed / roofline:.2f}"]
+            cells += [f"{row['first']:.1f}", f"{row['peak'] / 1e9:.2f}"]
+            cells += ["" if is_judged else "yes" if row["is_right"] else "NO", row["graphs_missed"], row["new_graphs"]]
+            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 if __name__ == "__main__":

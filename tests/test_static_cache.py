@@ -95,12 +95,26 @@ def test_compiled_once(compiled, top_k, batch_size):
     assert not counters["graph_break"]
 
 
+def test_hooks_on_the_target_run_and_compile_nothing(compiled, top_k):
+    """One that counts would be another graph at every forward, were it compiled in."""
+    model = random_llama()
+    options = {"assistant_model": similar_model(model), "judge": top_k, "judge_threshold": 0.5}
+    options |= {"num_assistant_tokens": 4, "max_new_tokens": 40, **compiled}
+    output = model.generate(PROMPT, **options)
+    graphs, calls = counters["stats"]["unique_graphs"], []
+    model.register_forward_pre_hook(lambda *_: calls.append(len(calls)))
+    assert same(model.generate(PROMPT, **options), output)
+    assert len(calls) == 1 + output.num_target_forwards > 3
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
 def test_one_token_is_compiled_for_itself(monkeypatch, top_k):
     """By kernels that are tuned for it, unless the caller says how to compile, or there are more rows."""
-    compiled = set()
+    steps = set()
 
     def compile(function, mode=None, options=None, **config):
-        compiled.add((function.__name__, mode, bool(options and options["coordinate_descent_tuning"])))
+        if function.__name__ == "_greedy_step":
+            steps.add((mode, bool(options and options["coordinate_descent_tuning"])))
         return function
 
     monkeypatch.setattr(torch, "compile", compile)
@@ -108,16 +122,15 @@ def test_one_token_is_compiled_for_itself(monkeypatch, top_k):
     options = {"assistant_model": similar_model(model), "judge": top_k, "max_new_tokens": 20, **STATIC}
     # All candidates are accepted, and so the next draft begins with two tokens.
     options |= {"judge_threshold": 1.0, "num_assistant_tokens": 4}
-    default = CompileConfig(dynamic=False)
-    of_two = {("_pass", "reduce-overhead", False), ("_greedy_step", "reduce-overhead", False)}
-    model.generate(PROMPT, compile_config=default, **options)
-    assert compiled == of_two | {("_greedy_step", None, True)}
-    compiled.clear()
-    model.generate(**left_padded(PROMPTS[:2]), compile_config=default, **options)
-    assert compiled == of_two
-    compiled.clear()
-    model.generate(PROMPT, compile_config=CompileConfig(mode="default"), **options)
-    assert compiled == {("_pass", "default", False), ("_greedy_step", "default", False)}
+    one, two = {"input_ids": PROMPT}, left_padded(PROMPTS[:2])
+    for inputs, config, expected in (
+        (one, CompileConfig(dynamic=False), {("reduce-overhead", False), (None, True)}),
+        (two, CompileConfig(dynamic=False), {("reduce-overhead", False)}),
+        (one, CompileConfig(mode="default"), {("default", False)}),
+    ):
+        model.generate(**inputs, compile_config=config, **options)
+        assert steps == expected
+        steps.clear()
 
 
 @pytest.mark.slow
