@@ -96,7 +96,7 @@ class FixedCache(StaticCache):
         self.forward: Callable[..., Any] | None = None
         #: How it is compiled; `None` where it isn't.
         self.compile_config: CompileConfig | None = None
-        self._compiled: dict[tuple[Callable[..., Any], bool], Callable[..., Any]] = {}
+        self._compiled: dict[tuple[Callable[..., Any], int], Callable[..., Any]] = {}
         self.is_taken, self.is_warm = False, False
 
     def begin(self, rows: int, n: int, attention_mask: torch.Tensor | None) -> None:
@@ -117,14 +117,13 @@ class FixedCache(StaticCache):
             self.compile_config, self._compiled = compile_config, {}
 
     def compiled(self, function: Callable[..., Any], n: int) -> Callable[..., Any]:
-        """What runs the model on `n` tokens of each row, compiled as it is, or as it stands."""
+        """What runs the model on `n` tokens of each row, compiled if the model is."""
         if self.compile_config is None:
             return function
-        config = self.compile_config
-        if config == COMPILE_CONFIG and self.num_rows * n == 1:
-            config = ONE_TOKEN_CONFIG
-        key = function, config is ONE_TOKEN_CONFIG
+        key = function, n
         if key not in self._compiled:
+            is_ours_for_one = self.compile_config == COMPILE_CONFIG and self.num_rows * n == 1
+            config = ONE_TOKEN_CONFIG if is_ours_for_one else self.compile_config
             self._compiled[key] = torch.compile(function, **config.to_dict())
         return self._compiled[key]
 

@@ -87,8 +87,9 @@ class JudgeCandidateGenerator(CandidateGenerator):
             processed logits that they were drawn from, shape `(b, k, v)`, where these are kept.
         """
         self._length = input_ids.shape[1]
-        limit = self.num_assistant_tokens if max_candidates is None else max_candidates
-        length = min(self.num_assistant_tokens, limit)
+        length = self.num_assistant_tokens
+        if max_candidates is not None:
+            length = min(length, max_candidates)
         drafted, logits, states = [input_ids[:, :0]], [], []
         tokens = input_ids[:, num_cached(self.cache) :]
         is_plain = process is None and not self.output_logits and not self.output_states

@@ -168,10 +168,11 @@ def ways_to_decode(draft: PreTrainedModel, judge: AutoJudge, args) -> list[Way]:
 
 def graphs_made(device: str) -> int:
     """Graphs compiled and CUDA graphs recorded so far; one whose inputs moved is recorded anew in silence."""
-    compiled = counters["stats"]["unique_graphs"]
-    index = None if device == "cpu" else torch.cuda.current_device()
-    manager = None if index is None else cudagraph_trees.get_manager(index, create_if_none_exists=False)
-    return compiled if manager is None else compiled + manager.debug_fail_counter
+    graphs = counters["stats"]["unique_graphs"]
+    if device != "cpu":
+        manager = cudagraph_trees.get_manager(torch.cuda.current_device(), create_if_none_exists=False)
+        graphs += 0 if manager is None else manager.debug_fail_counter
+    return graphs
 
 
 def forget_graphs() -> None:
@@ -228,8 +229,8 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--agreement", type=float, default=0.82, help="share of tokens at which the draft agrees")
-    parser.add_argument("--num_threads", type=int, default=2)
     parser.add_argument("--harmless", type=float, default=0.65, help="share of the mismatches that don't matter")
+    parser.add_argument("--num_threads", type=int, default=2, help="on a CPU")
     args = parser.parse_args()
     if args.device != "cpu" and not torch.cuda.is_available():
         parser.error(
