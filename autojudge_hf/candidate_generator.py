@@ -11,7 +11,7 @@ from transformers.generation import CandidateGenerator
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from .caches import FixedCache, num_cached, rewind, rewindable_cache, shrink
-from .forward import cached_forward, fixed_draft, of_vocabulary, vocab_size
+from .forward import HeadInputs, cached_forward, fixed_draft, of_vocabulary, vocab_size
 
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ class JudgeCandidateGenerator(CandidateGenerator):
         do_sample (`bool`): whether to draw the candidates rather than take the best.
         eos_token_ids (`set[int]`): the target's. A draft ends when every row has one, unless the cache is a
             [`FixedCache`]: there the host doesn't wait to see.
-        output_states (`bool`, *optional*, defaults to `False`): whether to keep the assistant's hidden states; the
-            state of the last candidate costs one more pass per cycle.
+        head ([`HeadInputs`], *optional*): of the assistant, to keep its hidden states; the state of the last candidate
+            costs one more pass per cycle.
         output_logits (`bool`, *optional*, defaults to `False`): whether to return the logits of a greedy draft, too.
         cache (`Cache`, *optional*): the assistant's keys and values of a prefix of the first `input_ids`.
     """
@@ -46,7 +46,7 @@ class JudgeCandidateGenerator(CandidateGenerator):
         *,
         do_sample: bool,
         eos_token_ids: set[int],
-        output_states: bool = False,
+        head: HeadInputs | None = None,
         output_logits: bool = False,
         cache: Cache | None = None,
     ):
@@ -54,7 +54,7 @@ class JudgeCandidateGenerator(CandidateGenerator):
         self.num_assistant_tokens = num_assistant_tokens
         self.do_sample = do_sample
         self.eos_token_ids = eos_token_ids
-        self.output_states = output_states
+        self.head = head
         self.output_logits = output_logits or do_sample
         self.vocab_size, self.target_vocab_size = vocab_size(assistant_model), vocab_size(target_model)
         self.cache = rewindable_cache(assistant_model) if cache is None else cache
@@ -92,7 +92,7 @@ class JudgeCandidateGenerator(CandidateGenerator):
             length = min(length, max_candidates)
         drafted, logits, states = [input_ids[:, :0]], [], []
         tokens = input_ids[:, num_cached(self.cache) :]
-        is_plain = process is None and not self.output_logits and not self.output_states
+        is_plain = process is None and not self.output_logits and self.head is None
         if isinstance(self.cache, FixedCache) and is_plain and length > 0:
             size = min(self.vocab_size, self.target_vocab_size)
             candidate_ids = fixed_draft(
@@ -112,7 +112,7 @@ class JudgeCandidateGenerator(CandidateGenerator):
                 tokens = next_logits.argmax(dim=-1)
             if self.output_logits:
                 logits.append(next_logits)
-            if self.output_states:
+            if self.head is not None:
                 states.append(outputs.states[:, -1:])
             drafted.append(tokens)
             if isinstance(self.cache, FixedCache):
@@ -151,7 +151,7 @@ class JudgeCandidateGenerator(CandidateGenerator):
             new = num_cached(self.cache) + tokens.shape[1] - mask.shape[1]
             mask = torch.nn.functional.pad(mask, (0, new), value=1).to(self._device)
         tokens = self._known(tokens).to(self._device)
-        return cached_forward(self.assistant_model, tokens, self.cache, mask, output_states=self.output_states)
+        return cached_forward(self.assistant_model, tokens, self.cache, mask, head=self.head)
 
 
 class FormerResponses(JudgeCandidateGenerator):

@@ -8,7 +8,6 @@ import copy
 import functools
 import inspect
 import threading
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -49,20 +48,31 @@ class Pass(NamedTuple):
     hidden_states: tuple[torch.Tensor, ...] | None
 
 
-@contextlib.contextmanager
-def _head_inputs(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
-    """Collects what the output embeddings read: the last states, without the cost of capturing every layer's."""
-    thread, seen = threading.get_ident(), []
+class HeadInputs(contextlib.AbstractContextManager):
+    """What a model's output embeddings read: the last states, without the cost of capturing every layer's.
 
-    def see(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if threading.get_ident() == thread:
-            seen.append(inputs[0])
+    One serves all forwards of a call, since to find the module and hook it for each takes longer than to read it.
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(see)
-    try:
-        yield seen
-    finally:
-        hook.remove()
+    Attributes:
+        newest (`torch.FloatTensor` of shape `(b, n, h)`): what the newest of this thread's forwards read.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model, self._hook = model, None
+
+    def listen(self) -> None:
+        """Hooks the module, unless that was done; forwards that are compiled never ask for it."""
+        if self._hook is None:
+            self._thread = threading.get_ident()
+            self._hook = self.model.get_output_embeddings().register_forward_pre_hook(self._see)
+
+    def _see(self, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if threading.get_ident() == self._thread:
+            self.newest = inputs[0]
+
+    def __exit__(self, *_: object) -> None:
+        if self._hook is not None:
+            self._hook.remove()
 
 
 def cached_forward(
@@ -71,7 +81,7 @@ def cached_forward(
     cache: Cache,
     attention_mask: torch.Tensor | None = None,
     num_logits: int = 1,
-    output_states: bool = False,
+    head: HeadInputs | None = None,
     output_hidden_states: bool = False,
 ) -> Pass:
     """Runs `tokens` through `model` behind what `cache` holds, which then holds them too.
@@ -81,7 +91,7 @@ def cached_forward(
         cache (`Cache`): keys and values of the prefix; extended in place.
         attention_mask (`torch.LongTensor` of shape `(b, prefix + n)`, *optional*): 0 at padding. `None`: no padding.
         num_logits (`int`): how many last positions get logits and states; not every model can skip the others.
-        output_states (`bool`): whether to return the last hidden states.
+        head ([`HeadInputs`], *optional*): of `model`, to return the last hidden states.
         output_hidden_states (`bool`): whether to return those of all layers.
 
     Returns:
@@ -89,8 +99,10 @@ def cached_forward(
         tenth faster than `no_grad`; what a hook keeps of such a forward can't be trained on).
     """
     if isinstance(cache, FixedCache):
-        return _fixed_forward(model, tokens, cache, attention_mask, num_logits, output_states, output_hidden_states)
-    with torch.inference_mode(), _head_inputs(model) if output_states else contextlib.nullcontext([None]) as seen:
+        return _fixed_forward(model, tokens, cache, attention_mask, num_logits, head is not None, output_hidden_states)
+    if head is not None:
+        head.listen()
+    with torch.inference_mode():
         inputs = _model_inputs(model, tokens, cache, num_logits)
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask
@@ -100,7 +112,7 @@ def cached_forward(
             first = cache.get_seq_length()
             inputs["position_ids"] = torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
         outputs = model(**inputs, output_hidden_states=output_hidden_states, return_dict=True)
-    return Pass(outputs.logits, seen[0], outputs.hidden_states)
+    return Pass(outputs.logits, head and head.newest, outputs.hidden_states)
 
 
 @torch.no_grad()

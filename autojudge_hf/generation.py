@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from .caches import (
 from .candidate_generator import JudgeCandidateGenerator, PromptLookup
 from .checks import check_supported, checked_draft_length, checked_judge, warn_once
 from .draft_length import draft_schedule
-from .forward import cached_forward, first_layers, max_positions
+from .forward import HeadInputs, cached_forward, first_layers, max_positions
 from .judging import Judging
 from .outputs import JudgeDecoderOnlyOutput, KeptOutputs
 from .rows import RowProcessors, Rows, StopRule
@@ -100,35 +101,39 @@ def judge_decoding(
     processors = RowProcessors(logits_processor, len(input_ids), stop.eos_token_ids)
     limits = [max_positions(m) for m in (model, assistant_model) if m is not None]
     max_length = min((limit for limit in limits if limit), default=math.inf)
-    cache, assistant_cache = model_kwargs[CACHE_NAME], None
-    if generation_config.cache_implementation == "static":
-        budget = max(stop.max_new_tokens)
-        fixed = functools.partial(_fixed_or_growing, len(input_ids), generation_config)
-        longest = input_ids.shape[1] + budget
-        cache = fixed(model, longest, sorted({min(width, budget) for width in draft_length.widths}))
-        if assistant_model is not None:
-            # The newest token, and one more where the last candidate was accepted. A row that has no room left drafts
-            # as far as the others.
-            assistant_cache = fixed(assistant_model, longest + min(draft_length.longest, budget), [1, 2])
-    else:
-        cache.activate_past_recording()
-    drafter = candidate_generator
-    if drafter is None and assistant_model is None:
-        drafter = PromptLookup(model, generation_config, len(input_ids))
-    elif drafter is None:
-        drafter = JudgeCandidateGenerator(
-            assistant_model,
-            model,
-            draft_length.longest,
-            do_sample=generation_config.do_sample,
-            eos_token_ids=stop.eos_token_ids,
-            output_states=judging.reads_assistant,
-            output_logits=judging.reads_assistant_logits,
-            cache=assistant_cache,
-        )
-    kept = KeptOutputs(generation_config, len(input_ids))
+    with contextlib.ExitStack() as at_end:
+        cache, assistant_cache = model_kwargs[CACHE_NAME], None
+        if generation_config.cache_implementation == "static":
+            budget = max(stop.max_new_tokens)
+            fixed = functools.partial(_fixed_or_growing, at_end, len(input_ids), generation_config)
+            longest = input_ids.shape[1] + budget
+            cache = fixed(model, longest, sorted({min(width, budget) for width in draft_length.widths}))
+            if assistant_model is not None:
+                # The newest token, and one more where the last candidate was accepted. A row that has no room left
+                # drafts as far as the others.
+                assistant_cache = fixed(assistant_model, longest + min(draft_length.longest, budget), [1, 2])
+        else:
+            cache.activate_past_recording()
+        if len(input_ids) == 1 and not isinstance(cache, FixedCache):
+            # However it ends: a cache of the caller's has what is committed.
+            at_end.callback(lambda: leave_behind(cache, rows.input_ids.shape[1] - 1))
+        target_head = at_end.enter_context(HeadInputs(model)) if judging.reads_target else None
+        drafter = candidate_generator
+        if drafter is None and assistant_model is None:
+            drafter = PromptLookup(model, generation_config, len(input_ids))
+        elif drafter is None:
+            drafter = JudgeCandidateGenerator(
+                assistant_model,
+                model,
+                draft_length.longest,
+                do_sample=generation_config.do_sample,
+                eos_token_ids=stop.eos_token_ids,
+                head=at_end.enter_context(HeadInputs(assistant_model)) if judging.reads_assistant else None,
+                output_logits=judging.reads_assistant_logits,
+                cache=assistant_cache,
+            )
+        kept = KeptOutputs(generation_config, len(input_ids))
 
-    try:
         prefill = True
         while rows.active:
             started = draft_length.now(device)
@@ -155,7 +160,7 @@ def judge_decoding(
                 cache,
                 attention_mask,
                 num_logits=k + 1,
-                output_states=judging.reads_target and k > 0,
+                head=target_head if k > 0 else None,
                 output_hidden_states=kept.hidden_states is not None,
             )
             logits = outputs.logits[:, -k - 1 :].to(input_ids.device, torch.float32)
@@ -199,13 +204,6 @@ def judge_decoding(
                 shrink(cache, unfinished, num_cached(cache) - unneeded)
                 drafter.shrink(unfinished, unneeded)
             prefill = False
-    finally:
-        # However it ends: static caches are the next call's, and a cache of the caller's has what is committed.
-        for part, used in ((model, cache), (assistant_model, assistant_cache)):
-            if isinstance(used, FixedCache):
-                give_fixed_cache_back(part, used)
-        if len(input_ids) == 1 and not isinstance(cache, FixedCache):
-            leave_behind(cache, rows.input_ids.shape[1] - 1)
 
     if streamer is not None:
         streamer.end()
@@ -221,10 +219,16 @@ def judge_decoding(
 
 
 def _fixed_or_growing(
-    num_rows: int, generation_config: GenerationConfig, model: PreTrainedModel, length: int, widths: Sequence[int]
+    at_end: contextlib.ExitStack,
+    num_rows: int,
+    generation_config: GenerationConfig,
+    model: PreTrainedModel,
+    length: int,
+    widths: Sequence[int],
 ) -> Cache:
     cache = take_fixed_cache(num_rows, generation_config, model, length, widths)
     if cache is None:
         warn_once(f"{type(model).__name__} can't use a static cache here, and falls back to a growing one.")
-        cache = rewindable_cache(model)
+        return rewindable_cache(model)
+    at_end.callback(give_fixed_cache_back, model, cache)
     return cache

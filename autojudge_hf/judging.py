@@ -46,7 +46,7 @@ class Judging:
         if self.judge is None or matches.shape[1] == 0:
             return False
         # Elsewhere it takes less time to ask than to see whether there is something to ask.
-        return matches.device.type != "cpu" or not matches.all()
+        return matches.device.type != "cpu" or any(False in row for row in matches.tolist())
 
     def __call__(
         self,

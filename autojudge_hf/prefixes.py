@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from .caches import rewindable_cache
-from .forward import Pass, cached_forward, vocab_size
+from .forward import HeadInputs, Pass, cached_forward, vocab_size
 from .rows import left_padded
 
 
@@ -61,7 +61,8 @@ class Prefixes:
         input_ids, mask, cache = self.batch(texts, num_last)
         # Where the target has more tokens than the assistant, any other token will do, as when drafting.
         new = input_ids[:, cache.get_seq_length() :].clamp(max=vocab_size(self.model) - 1)
-        outputs = cached_forward(self.model, new, cache, mask, num_logits=num_last, output_states=output_states)
+        with HeadInputs(self.model) as head:
+            outputs = cached_forward(self.model, new, cache, mask, num_last, head if output_states else None)
         for row, (name, tokens) in enumerate(texts.items()):
             here = slice(row, row + 1), slice(None), slice(input_ids.shape[1] - len(tokens), None)
             self._cached[name] = list(tokens), [(layer.keys[here], layer.values[here]) for layer in cache.layers]

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import autojudge_hf.generation
 from autojudge_hf import AutoJudge, JudgeConfig
 from autojudge_hf.caches import rewind, rewindable_cache
-from autojudge_hf.forward import cached_forward, hidden_size
+from autojudge_hf.forward import HeadInputs, cached_forward, hidden_size
 
 
 SIZES = {
@@ -129,7 +129,8 @@ def test_a_judge_reads_the_last_hidden_states(family):
     """The head's input, taken where the head is called, against what `output_hidden_states` gives."""
     model = random_model(family, seed=0)
     tokens = torch.tensor([PROMPTS[0]])
-    outputs = cached_forward(model, tokens, rewindable_cache(model), num_logits=3, output_states=True)
+    with HeadInputs(model) as head:
+        outputs = cached_forward(model, tokens, rewindable_cache(model), num_logits=3, head=head)
     expected = model(tokens, output_hidden_states=True)
     assert torch.equal(outputs.states[:, -3:], expected.hidden_states[-1][:, -3:])
     assert outputs.states.shape[-1] == hidden_size(model)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rest of what people do with `generate`: pipelines, outputs, threads, dtypes, offloading, odd pairs."""
 
+import contextlib
 import copy
 import logging
 import threading
@@ -162,6 +163,26 @@ def test_a_call_that_fails_gives_its_static_cache_back(top_k):
             model.generate(PROMPT, max_new_tokens=20, streamer=Listener(leaves_at), **options)
         assert kept_caches[model] is kept
     assert torch.equal(model.generate(PROMPT, max_new_tokens=20, **options), expected)
+
+
+@pytest.mark.parametrize("leaves_at", [0, 4])
+def test_a_call_leaves_no_hooks_behind(random_pair, leaves_at):
+    """Where it ends and where it fails: a judge of both models' states reads them by hooks."""
+    model, assistant = random_pair
+    judge = AutoJudge.from_config(JudgeConfig(hidden_size=32, assistant_hidden_size=32))
+    judge.load_state_dict({"weight": torch.ones(64), "bias": torch.zeros(1)})
+    seen = []
+
+    class Looking(Listener):
+        def put(self, tokens):
+            seen.append(sum(len(m.get_output_embeddings()._forward_pre_hooks) for m in (model, assistant)))
+            super().put(tokens)
+
+    options = {"assistant_model": assistant, "judge": judge, "streamer": Looking(leaves_at)}
+    with pytest.raises(GoneError) if leaves_at else contextlib.nullcontext():
+        model.generate(PROMPT, do_sample=False, max_new_tokens=20, num_assistant_tokens=3, **options)
+    assert max(seen) == 2
+    assert not any(module._forward_pre_hooks for m in (model, assistant) for module in m.modules())
 
 
 def test_adaptive_lengths_dont_learn_from_a_slow_reader(top_k, monkeypatch):

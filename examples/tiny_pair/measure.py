@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from autojudge_hf import AutoJudge, JudgeConfig, evaluate_judge, mine_mismatches
-from autojudge_hf.forward import cached_forward
+from autojudge_hf.forward import HeadInputs, cached_forward
 from autojudge_hf.tasks import GSM8K, LiveCodeBench, Task
 
 
@@ -77,7 +77,8 @@ def state_gap(dtype: torch.dtype, rows: list[dict]) -> float:
             cache = DynamicCache(config=model.config)
             cached_forward(model, tokens[:, :start], cache)
             block = tokens[:, start : start + length]
-            outputs = cached_forward(model, block, cache, num_logits=length, output_states=True)
+            with HeadInputs(model) as head:
+                outputs = cached_forward(model, block, cache, num_logits=length, head=head)
             states.append(outputs.states[0, 1].float())
         gaps.append(((states[0] - states[1]).norm() / states[1].norm()).item())
     return statistics.mean(gaps)
