@@ -39,7 +39,7 @@ class Judging:
         self.reads_assistant = reads_states and config.assistant_hidden_size is not None
         self.reads_assistant_logits = config is not None and judge.reads_assistant_logits
         self._num_state_features = 0 if config is None else config.num_state_features
-        self._sum_of_states = torch.zeros((), device=device)
+        self._sums_of_states: list[torch.Tensor] = []
 
     def wants(self, matches: torch.Tensor) -> bool:
         """Whether to ask, given which candidates match, shape `(b, k)`."""
@@ -66,8 +66,8 @@ class Judging:
         states = None if states is None else states[:, -logits.shape[1] :]
         inputs = judge_inputs(candidate_ids, logits, states, assistant_states, assistant_logits, self.judge.config)
         # Logit features of a candidate that processors forbid are infinite, and no cause for alarm.
-        self._sum_of_states += inputs.features[..., : self._num_state_features].sum()
+        self._sums_of_states.append(inputs.features[..., : self._num_state_features].sum())
         return harmless(self.judge(inputs), self.threshold)
 
     def saw_only_finite_states(self) -> bool:
-        return bool(self._sum_of_states.isfinite())
+        return not self._sums_of_states or bool(torch.stack(self._sums_of_states).isfinite().all())
