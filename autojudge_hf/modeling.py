@@ -162,12 +162,11 @@ class LinearJudge(Judge):
         # Apple's GPUs have no double precision.
         device = torch.device("cpu") if features.device.type == "mps" else features.device
         tensors = {name: tensor.to(device, torch.float64) for name, tensor in self._parameters.items()}
-        return self._scores(features.to(device), **tensors).to(features.device, torch.float32)
+        return self._scores(features.to(device, torch.float64), **tensors).to(features.device, torch.float32)
 
     @staticmethod
     def _scores(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        # For the few rows of a cycle this takes less time than a product of matrices, and no copy of the features.
-        return (features * weight).sum(dim=-1) + bias
+        return features @ weight + bias
 
     def predict_proba(self, features: torch.Tensor) -> torch.Tensor:
         """Importance in [0, 1], shape `(..., f)` to `(...)`."""
@@ -198,7 +197,7 @@ class MLPJudge(LinearJudge):
         hidden_weight: torch.Tensor,
         hidden_bias: torch.Tensor,
     ) -> torch.Tensor:
-        return torch.relu(features.to(hidden_weight.dtype) @ hidden_weight + hidden_bias) @ weight + bias
+        return torch.relu(features @ hidden_weight + hidden_bias) @ weight + bias
 
 
 class TopKJudge(Judge):
