@@ -51,6 +51,7 @@ def judge_inputs(
         config ([`JudgeConfig`]): which of these the judge reads, and at which positions.
     """
     k = candidate_ids.shape[1]
+    target_logits = target_logits[:, :k]
     previous, candidate = slice(0, k), slice(1, k + 1)
     positions = {"candidate": [candidate], "previous": [previous], "both": [previous, candidate]}[
         config.state_position
@@ -59,11 +60,11 @@ def judge_inputs(
     device = candidate_ids.device
     states = [states[:, at].to(device, torch.float32) for states in given for at in positions]
     if config.logit_features:
-        states.append(logit_features(candidate_ids, target_logits[:, :k]))
+        states.append(logit_features(candidate_ids, target_logits))
     if config.assistant_logit_features:
-        states.append(assistant_logit_features(candidate_ids, target_logits[:, :k], assistant_logits))
+        states.append(assistant_logit_features(candidate_ids, target_logits, assistant_logits))
     features = torch.cat(states, dim=-1) if states else torch.empty(*candidate_ids.shape, 0, device=device)
-    return JudgeInputs(candidate_ids, target_logits[:, :k], features, assistant_logits)
+    return JudgeInputs(candidate_ids, target_logits, features, assistant_logits)
 
 
 def logit_features(candidate_ids: torch.LongTensor, target_logits: torch.Tensor) -> torch.Tensor:

@@ -48,6 +48,8 @@ class Judging:
         # Elsewhere it takes less time to ask than to see whether there is something to ask.
         return matches.device.type != "cpu" or any(False in row for row in matches.tolist())
 
+    # The processor's caches are full of the models, and this way an operation runs through less code.
+    @torch.inference_mode()
     def __call__(
         self,
         candidate_ids: torch.LongTensor,

@@ -175,7 +175,7 @@ def main() -> None:
         key, reference = (way.name, way.draft_length, way.batch_size), (*way.reference, 1)
         ratios = [own / other for own, other in zip(rounds[key], rounds[reference])]
         per_forward = f"{num_tokens[key] / forwards[key]:.2f}"
-        times = f"{speed[key] / speed[reference]:.2f} ({min(ratios):.2f}, {max(ratios):.2f})"
+        times = f"{speed[key] / speed[reference]:.3f} ({min(ratios):.2f}, {max(ratios):.2f})"
         compared = f"{way.reference[0]} {way.reference[1]}".strip()
         cells = [way.name, way.draft_length, way.batch_size, per_forward, f"{speed[key]:.0f}", times, compared]
         print("| " + " | ".join(map(str, cells)) + " |")
