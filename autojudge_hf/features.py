@@ -80,7 +80,7 @@ def logit_features(candidate_ids: torch.LongTensor, target_logits: torch.Tensor)
     """
     log_p = target_logits.log_softmax(dim=-1)
     candidate = log_p.gather(2, candidate_ids[..., None])
-    num_better = (log_p > candidate).sum(dim=-1, keepdim=True)
+    num_better = (log_p > candidate).sum(dim=-1, keepdim=True, dtype=torch.float32)
     margin = log_p.amax(dim=-1, keepdim=True) - candidate
     return torch.cat([candidate, margin, num_better.log1p(), entropy(log_p)[..., None]], dim=-1)
 

@@ -79,7 +79,7 @@ def harmless(score_logits: torch.Tensor, threshold: float) -> torch.Tensor:
     if threshold >= 1.0:
         return torch.ones_like(score_logits, dtype=torch.bool)
     bound = math.log(threshold) - math.log1p(-threshold) if threshold > 0.0 else -math.inf
-    return torch.nan_to_num(score_logits, nan=math.inf, neginf=math.inf) < bound
+    return (score_logits < bound) & (score_logits > -math.inf)
 
 
 def verify_greedy(candidate_ids: torch.Tensor, target_logits: torch.Tensor) -> Verification:
