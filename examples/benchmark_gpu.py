@@ -32,7 +32,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import cudagraph_trees
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from autojudge_hf import AutoJudge, JudgeConfig, judge_decoding
+from autojudge_hf import AutoJudge, Judge, JudgeConfig, judge_decoding
 from autojudge_hf.caches import kept_caches
 from autojudge_hf.evaluation import decode_batch
 
@@ -113,12 +113,23 @@ def counting_model(sizes: dict[str, Any], skips: torch.Tensor, marked: torch.Ten
 def planted_pair(args) -> tuple[PreTrainedModel, PreTrainedModel, torch.Tensor]:
     """Target, draft, and which tokens are important to jump to: `args.agreement` and `args.harmless` are shares."""
     sizes, draft_sizes = PAIRS[args.pair]
+    if args.num_layers is not None:
+        sizes, draft_sizes = ({**x, "num_hidden_layers": args.num_layers} for x in (sizes, draft_sizes))
     torch.manual_seed(1)
     skips = (torch.rand(sizes["vocab_size"]) > args.agreement).to(args.device)
     # The judge sees the candidate: the token that a skip leads to.
     important = (torch.rand(sizes["vocab_size"]) > args.harmless).to(args.device)
     model = counting_model(sizes, torch.zeros_like(skips), important, args)
     return model, counting_model(draft_sizes, skips, None, args), important
+
+
+def mean_judge(model: PreTrainedModel) -> Judge:
+    """Tells the tokens that are marked by the mean of their state."""
+    hidden_size = model.config.hidden_size
+    judge = AutoJudge.from_config(JudgeConfig(hidden_size=hidden_size, threshold=0.5))
+    weight = torch.full((hidden_size,), 20.0 / hidden_size)
+    judge.load_state_dict({"weight": weight, "bias": torch.zeros(1)})
+    return judge
 
 
 def bandwidth(device: str, size: int) -> float:
@@ -230,8 +241,11 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--agreement", type=float, default=0.82, help="share of tokens at which the draft agrees")
     parser.add_argument("--harmless", type=float, default=0.65, help="share of the mismatches that don't matter")
+    parser.add_argument("--num_layers", type=int, help="of both models, where fewer will do: they compile faster")
     parser.add_argument("--num_threads", type=int, default=2, help="on a CPU")
     args = parser.parse_args()
+    if args.num_layers is not None and args.num_layers < 1:
+        parser.error(f"--num_layers must be at least 1, got {args.num_layers}.")
     if args.device != "cpu" and not torch.cuda.is_available():
         parser.error(
             f"--device {args.device}: there is no GPU here. `--pair tiny --device cpu` shows what it would do."
@@ -252,11 +266,8 @@ def main() -> None:
     args = parse_arguments(parser)
 
     model, draft, _ = planted_pair(args)
-    hidden_size = model.config.hidden_size
     args.vocab_size = min(model.config.vocab_size, draft.config.vocab_size)
-    judge = AutoJudge.from_config(JudgeConfig(hidden_size=hidden_size, threshold=0.5))
-    weight = torch.full((hidden_size,), 20.0 / hidden_size)
-    judge.load_state_dict({"weight": weight, "bias": torch.zeros(1)})
+    judge = mean_judge(model)
 
     size = min(2**30, weight_bytes(model))
     rate = bandwidth(args.device, size)

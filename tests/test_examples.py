@@ -28,13 +28,14 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from benchmark import only, ways_to_decode
 from benchmark_gpu import PAIRS as GPU_PAIRS
-from benchmark_gpu import counting_model
+from benchmark_gpu import counting_model, planted_pair
 from compare_features import auc_samples, weights_of
 from compare_judges import share_of_gap
 from half_precision import spacings
 from make_problems import SPLITS, problems
 from measure_judge import Both, take
 from measure_oracle import cycles
+from time_forwards import WAYS, forwards
 
 
 GSM8K_DATA = SHARED_DATA / "gsm8k"
@@ -349,6 +350,26 @@ def test_models_of_the_gpu_benchmark_do_as_they_are_told():
         assert torch.equal(outputs.logits[:, 0].argmax(-1), tokens + 1 + skipped[:-2].long())
         if marked is not None:
             assert torch.equal(outputs.hidden_states[-1][:, 0].mean(dim=-1) > 0, important[:-2])
+
+
+def test_what_is_timed_is_a_cycle():
+    """Again and again, from caches that are left as they were."""
+    of_pair = {"pair": "tiny", "device": "cpu", "dtype": torch.float32, "agreement": 0.5, "harmless": 0.5}
+    args = argparse.Namespace(**of_pair, num_layers=1, vocab_size=8192, prompt_length=9, draft_length=4)
+    model, draft, important = planted_pair(args)
+    block = torch.arange(10, 15)[None]
+    with torch.no_grad():
+        expected = draft.generate(block[:, :1], max_new_tokens=4, do_sample=False)[:, 1:]
+        expected_states = model(torch.arange(1, 15)[None], output_hidden_states=True).hidden_states[-1][:, -5:]
+    assert (expected != block[:, 1:]).any()
+    calls = forwards(model, draft, WAYS["no"], args)
+    for _ in range(3):
+        assert torch.equal(calls["draft"](), expected)
+        assert torch.equal(calls["verification"]()[0].argmax(dim=-1), block + 1)
+        logits, states = calls["with states"]()
+        assert torch.equal(logits.argmax(dim=-1), block + 1)
+        torch.testing.assert_close(states, expected_states)
+        assert torch.equal(calls["judge"](), ~important[block[:, 1:]])
 
 
 @pytest.mark.slow
