@@ -244,8 +244,9 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("--num_layers", type=int, help="of both models, where fewer will do: they compile faster")
     parser.add_argument("--num_threads", type=int, default=2, help="on a CPU")
     args = parser.parse_args()
-    if args.num_layers is not None and args.num_layers < 1:
-        parser.error(f"--num_layers must be at least 1, got {args.num_layers}.")
+    for name in ("num_layers", "num_examples", "prompt_length", "num_tokens", "draft_length", "rounds", "repeats"):
+        if (number := vars(args).get(name)) is not None and number < 1:
+            parser.error(f"--{name} must be at least 1, got {number}.")
     if args.device != "cpu" and not torch.cuda.is_available():
         parser.error(
             f"--device {args.device}: there is no GPU here. `--pair tiny --device cpu` shows what it would do."

@@ -85,12 +85,17 @@ def forwards(
     return {"draft": drafting, "verification": verification, "with states": with_states, "judge": judge}
 
 
+def repeat(call: Callable[[], Any], times: int) -> None:
+    for _ in range(times):
+        call()
+
+
 def milliseconds(calls: dict[str, Callable[[], Any]], args) -> dict[str, float]:
     """Medians of rounds in which each has its turn."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(args.rounds):
         for name, call in calls.items():
-            seconds, _ = timed(args.device, lambda call=call: [call() for _ in range(args.repeats)] and None)
+            seconds, _ = timed(args.device, functools.partial(repeat, call, args.repeats))
             taken[name].append(1e3 * seconds / args.repeats)
     return {name: statistics.median(values) for name, values in taken.items()}
 
