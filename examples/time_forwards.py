@@ -95,6 +95,7 @@ def milliseconds(calls: dict[str, Callable[[], Any]], args) -> dict[str, float]:
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(args.rounds):
         for name, call in calls.items():
+            repeat(call, args.repeats)  # what ran before has left its mark on caches and clocks
             seconds, _ = timed(args.device, functools.partial(repeat, call, args.repeats))
             taken[name].append(1e3 * seconds / args.repeats)
     return {name: statistics.median(values) for name, values in taken.items()}
