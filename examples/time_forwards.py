@@ -37,21 +37,28 @@ from autojudge_hf.forward import HeadInputs, cached_forward, fixed_draft
 from autojudge_hf.judging import Judging
 
 
-def captured(**options: Any) -> GenerationConfig:
+def captured(**options: bool) -> GenerationConfig:
     """Captured as CUDA graphs, and with more of the compiler's options."""
-    options["triton.cudagraphs"] = True
+    options = {"triton.cudagraphs": True, **options}
     return GenerationConfig(compile_config=CompileConfig(dynamic=False, mode=None, options=options))
 
 
+TUNED = {"coordinate_descent_tuning": True}
+#: Small kernels that don't wait for each other are one.
+JOINED = {"combo_kernels": True}
+#: A kernel is launched before the one that it waits for has ended; since Hopper.
+OVERLAPPING = {"triton.enable_pdl": True}
 WAYS = {
     "no": GenerationConfig(disable_compile=True),
     "default": GenerationConfig(),
     "untuned": captured(),
-    "tuned": captured(coordinate_descent_tuning=True),
-    "combo_kernels": captured(coordinate_descent_tuning=True, combo_kernels=True),
-    "max_autotune": captured(coordinate_descent_tuning=True, max_autotune=True),
+    "tuned": captured(**TUNED),
+    "joined": captured(**TUNED, **JOINED),
+    "overlapping": captured(**TUNED, **OVERLAPPING),
+    "joined_overlapping": captured(**TUNED, **JOINED, **OVERLAPPING),
+    "max_autotune": captured(**TUNED, max_autotune=True),
     # Weights become constants: those that read the same input are joined, at the price of a second copy.
-    "freezing": captured(coordinate_descent_tuning=True, freezing=True),
+    "freezing": captured(**TUNED, freezing=True),
 }
 
 
