@@ -79,7 +79,7 @@ class FixedCache(StaticCache):
     def __init__(self, model: PreTrainedModel, num_rows: int, max_length: int):
         super().__init__(config=model.config.get_text_config(decoder=True), max_cache_len=max_length)
         #: On the device, so that a captured graph finds them: where the next tokens go, which positions aren't
-        #: filling, and, for a draft, the tokens.
+        #: padding, and, for a draft, the tokens.
         self.start = torch.zeros((), dtype=torch.long, device=model.device)
         self.mask = torch.zeros(num_rows, max_length, dtype=torch.long, device=model.device)
         self.tokens = torch.zeros_like(self.mask)
@@ -90,7 +90,7 @@ class FixedCache(StaticCache):
         self.made_for = _circumstances(model, num_rows)
         #: Tokens cached, on the host, and in how many rows.
         self.length, self.rows = 0, num_rows
-        #: How many tokens a forward may have; any other number is filled up, or a prefill.
+        #: How many tokens a forward may have; any other number is padded, or a prefill.
         self.widths: Sequence[int] = ()
         #: The model, compiled or not, while a call has the cache.
         self.forward: Callable[..., Any] | None = None
@@ -100,7 +100,7 @@ class FixedCache(StaticCache):
         self.is_taken, self.is_warm = False, False
 
     def begin(self, rows: int, n: int, attention_mask: torch.Tensor | None) -> None:
-        """Before forwards of `n` tokens: says where these go, and which positions up to there aren't filling.
+        """Before forwards of `n` tokens: says where these go, and which positions up to there aren't padding.
 
         What `attention_mask` is too short for is none.
         """

@@ -199,7 +199,7 @@ class FormerResponses(JudgeCandidateGenerator):
         """What follows in `former` where a row of `n` tokens, the last of which are `newest`, joins it."""
         for length in self.CONTEXTS:
             if length > n:
-                continue  # the row has filling there
+                continue  # there the row has padding
             for start in range(max(0, n - 2 * self.CONTEXTS[0] - length), len(former) - length):
                 if former[start : start + length] == newest[-length:]:
                     return former[start + length :]
@@ -229,7 +229,7 @@ class PromptLookup(CandidateGenerator):
             )
             for _ in range(num_rows)
         ]
-        #: How many candidates of each row are real; the others fill the block up.
+        #: How many candidates of each row are real; the others are padding.
         self.lengths: list[int] = []
 
     def get_candidates(
@@ -250,13 +250,13 @@ class PromptLookup(CandidateGenerator):
             sequence, _ = generator.get_candidates(tokens[None])
             drafts.append(sequence[0, len(tokens) :])
         self.lengths = [len(draft) for draft in drafts]
-        filled = torch.nn.utils.rnn.pad_sequence(drafts, batch_first=True)
-        for i in range(filled.shape[1] if process is not None else 0):
-            logits = torch.zeros(len(filled), 1, self.vocab_size, device=filled.device)
-            logits = process(filled[:, :i], logits, lengths=self.lengths)[:, 0]
-            is_forbidden = logits.gather(1, filled[:, i : i + 1]).isinf()[:, 0].tolist()
+        padded = torch.nn.utils.rnn.pad_sequence(drafts, batch_first=True)
+        for i in range(padded.shape[1] if process is not None else 0):
+            logits = torch.zeros(len(padded), 1, self.vocab_size, device=padded.device)
+            logits = process(padded[:, :i], logits, lengths=self.lengths)[:, 0]
+            is_forbidden = logits.gather(1, padded[:, i : i + 1]).isinf()[:, 0].tolist()
             self.lengths = [min(n, i) if forbidden else n for n, forbidden in zip(self.lengths, is_forbidden)]
-        return torch.cat([input_ids, filled], dim=1), None
+        return torch.cat([input_ids, padded], dim=1), None
 
     def rewind(self, num_committed: Sequence[int]) -> None:
         """Holds nothing to forget."""

@@ -125,18 +125,18 @@ def _fixed_forward(
     output_states: bool,
     output_hidden_states: bool,
 ) -> Pass:
-    """`cached_forward` in one of the shapes that the cache knows, filled up behind rows and tokens.
+    """`cached_forward` in one of the shapes that the cache knows, padded behind rows and tokens.
 
-    A prefill has the shape that it has, and is never compiled. Filling is masked, and what it leaves
+    A prefill has the shape that it has, and is never compiled. Padding is masked, and what it leaves
     in the cache is overwritten: the next pass begins right behind the tokens.
     """
     rows, n = tokens.shape
     is_prefill = cache.is_prefill(n)
     width = n if is_prefill else min(width for width in cache.widths if width >= n)
     cache.begin(rows, n, attention_mask)
-    filled = cache.mask.new_zeros(cache.num_rows, width)
-    filled[:rows, :n] = tokens
-    inputs = _model_inputs(model, filled, cache, num_logits if is_prefill else width)
+    padded = cache.mask.new_zeros(cache.num_rows, width)
+    padded[:rows, :n] = tokens
+    inputs = _model_inputs(model, padded, cache, num_logits if is_prefill else width)
     # Copies, since views are told apart by their strides and offsets, and compiled anew.
     positions = _position_ids(model, cache.mask, slice(cache.length, cache.length + width))
     inputs |= {"attention_mask": cache.mask, **{name: ids.clone() for name, ids in positions.items()}}
@@ -218,14 +218,14 @@ def _model_inputs(
 
 
 def _position_ids(model: PreTrainedModel, mask: torch.Tensor, columns: slice) -> dict[str, torch.Tensor]:
-    """Filling doesn't count."""
+    """Padding doesn't count."""
     if "position_ids" not in forward_parameters(model):
         return {}
     return {"position_ids": positions_of(mask)[:, columns]}
 
 
 def positions_of(mask: torch.Tensor) -> torch.Tensor:
-    """Position of each token, filling not counted: shape `(b, n)` to the same."""
+    """Position of each token, padding not counted: shape `(b, n)` to the same."""
     return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 

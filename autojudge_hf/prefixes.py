@@ -36,7 +36,7 @@ class Prefixes:
     def batch(
         self, texts: Mapping[int, list[int]], num_last: int
     ) -> tuple[torch.LongTensor, torch.LongTensor | None, Cache]:
-        """The texts filled up on the left, their mask (`None` for one), and a new cache.
+        """The texts, padded on the left, their mask (`None` for one), and a new cache.
 
         The cache holds all columns but the last `num_last`, or more where a text has changed before these.
         """
@@ -48,7 +48,7 @@ class Prefixes:
             kept = [(self._cached[i][1], max(0, len(tokens) - num_new)) for i, tokens in texts.items()]
             for layer in range(len(cache.layers)):
                 keys, values = (
-                    torch.cat([_filled(states[layer][kind][:, :, :n], columns - num_new) for states, n in kept])
+                    torch.cat([_padded(states[layer][kind][:, :, :n], columns - num_new) for states, n in kept])
                     for kind in (0, 1)
                 )
                 cache.update(keys, values, layer)
@@ -75,5 +75,5 @@ class Prefixes:
         return next((n for n in range(limit) if cached[n] != tokens[n]), max(0, limit))
 
 
-def _filled(states: torch.Tensor, columns: int) -> torch.Tensor:
+def _padded(states: torch.Tensor, columns: int) -> torch.Tensor:
     return torch.nn.functional.pad(states, (0, 0, columns - states.shape[2], 0))

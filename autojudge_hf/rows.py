@@ -49,8 +49,8 @@ class Rows:
         active (`list[int]`): which rows of the batch aren't finished, `a` of them.
         responses (`list[list[int]]`): every row's tokens behind its prompt, finished rows included.
         input_ids (`torch.LongTensor` of shape `(a, n)`): the active rows with their newest tokens in the last column;
-            a row that is shorter than others has more filling at its front.
-        attention_mask (`torch.LongTensor` of shape `(a, n)`, *optional*): 0 at filling; `None` for a single row
+            a row that is shorter than others has more padding at its front.
+        attention_mask (`torch.LongTensor` of shape `(a, n)`, *optional*): 0 at padding; `None` for a single row
             without any.
     """
 
@@ -65,7 +65,7 @@ class Rows:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each active row, filling left out: the position of its next token."""
+        """Tokens of each active row, padding left out: the position of its next token."""
         if self.attention_mask is None:
             return [self.input_ids.shape[1]]
         return self.attention_mask.sum(dim=1).tolist()
@@ -78,7 +78,7 @@ class Rows:
     def commit(self, new_tokens: Sequence[list[int]], finished: Sequence[bool]) -> list[int]:
         """Appends `new_tokens[j]`, at least one, to active row j, and drops the finished rows; returns which j stay.
 
-        Columns in which no unfinished row has a token go too: what fills short rows up would add up over the cycles,
+        Columns in which no unfinished row has a token go too: the padding of short rows would add up over the cycles,
         and some models have buffers of the length that their longest text may have.
         """
         for row, new in zip(self.active, new_tokens):
@@ -102,24 +102,24 @@ class Rows:
         return unfinished
 
     def sequences(self, pad_token_id: int) -> torch.LongTensor:
-        """Prompts and responses of the whole batch, filled up at the end."""
+        """Prompts and responses of the whole batch, padded at the end."""
         longest = max(map(len, self.responses))
-        filled = [response + [pad_token_id] * (longest - len(response)) for response in self.responses]
-        return torch.cat([self.prompts, torch.tensor(filled, device=self.prompts.device)], dim=1)
+        padded = [response + [pad_token_id] * (longest - len(response)) for response in self.responses]
+        return torch.cat([self.prompts, torch.tensor(padded, device=self.prompts.device)], dim=1)
 
 
 def _appended(x: torch.Tensor, blocks: list[list[int]], lacking: list[int]) -> torch.Tensor:
-    """Joins the blocks to the rows of `x`, and turns row i right by `lacking[i]`: its filling comes to its front."""
+    """Joins the blocks to the rows of `x`, and turns row i right by `lacking[i]`: its padding comes to its front."""
     joined = torch.cat([x, x.new_tensor(blocks)], dim=1)
     if not any(lacking):
         return joined
     return torch.stack([row.roll(n) for row, n in zip(joined, lacking)])
 
 
-def left_padded(texts: Sequence[list[int]], filling: int = 0) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Token ids of shape `(b, n)`, filled up at the front, and their mask, 0 at the filling."""
+def left_padded(texts: Sequence[list[int]], pad_token_id: int = 0) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Token ids of shape `(b, n)`, padded at the front, and their mask, 0 at the padding."""
     missing = [max(map(len, texts)) - len(text) for text in texts]
-    input_ids = torch.tensor([[filling] * n + text for n, text in zip(missing, texts)])
+    input_ids = torch.tensor([[pad_token_id] * n + text for n, text in zip(missing, texts)])
     return input_ids, torch.tensor([[0] * n + [1] * len(text) for n, text in zip(missing, texts)])
 
 

@@ -318,7 +318,7 @@ class GumbelNoise(LogitsProcessor):
         return scores / self.temperature + torch.from_numpy(noise).to(scores)
 
     def _noise(self, tokens: list[int], size: int) -> np.ndarray:
-        # What fills a batch up at the front are zeros, which mustn't matter.
+        # A batch is padded at the front with zeros, which mustn't matter.
         start = next((n for n, token in enumerate(tokens) if token != 0), 0)
         key = hashlib.blake2b(np.array([self.seed, *tokens[start:]]).tobytes(), digest_size=16).digest()
         return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).gumbel(size=size)

@@ -196,7 +196,7 @@ def test_up_to_the_edge_of_the_allocation(random_pair, top_k):
 @pytest.mark.parametrize(
     "positions, assistant_positions, lengths, max_new_tokens",
     [(252, 252, [244], 16), (2048, 200, [190], 100), (200, 200, [7, 150], 70), (2048, 2048, [194, 6, 50], 60)],
-    ids=["past the positions", "past the assistant's", "filling past the positions", "rows far apart"],
+    ids=["past the positions", "past the assistant's", "padding past the positions", "rows far apart"],
 )
 def test_room_for_every_text(top_k, positions, assistant_positions, lengths, max_new_tokens):
     """Behind its last position a model goes on, without drafts; a row with no room drafts as far as the others."""

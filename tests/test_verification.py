@@ -53,7 +53,7 @@ def test_what_is_no_candidate_is_not_accepted():
 
 
 def test_what_fills_a_draft_up_is_not_accepted_as_eos():
-    """The filling is token 0, which may end a response, and a judge may find everything harmless."""
+    """The padding is token 0, which may end a response, and a judge may find everything harmless."""
     candidates, everything = torch.tensor([[3, 0, 0]]), torch.ones(1, 3, dtype=torch.bool)
     logits = torch.nn.functional.one_hot(torch.tensor([[3, 5, 5, 5]]), 6).float()
     (outcome,) = verify_greedy(candidates, logits).on_host(candidates, everything, [1], {0})
