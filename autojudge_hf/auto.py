@@ -65,7 +65,7 @@ class AutoJudge:
         token: str | bool | None = None,
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
-        subfolder: str = "",
+        subfolder: str | None = "",
     ) -> Judge:
         """Loads a judge from a local folder or from the Hub.
 
@@ -83,7 +83,7 @@ class AutoJudge:
         find = functools.partial(
             find_file,
             pretrained_model_name_or_path,
-            subfolder=subfolder,
+            subfolder=subfolder or "",
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
@@ -135,5 +135,8 @@ def _load_tensors(judge: Judge, path: Path) -> None:
     except OSError as error:
         raise OSError(f"Can't read the judge's {WEIGHTS_NAME}: {error.strerror}.") from None
     if problems:
-        raise ValueError(f"The judge's {WEIGHTS_NAME} doesn't fit its {CONFIG_NAME}: " + "; ".join(problems[:20]))
+        # (A hostile file may have any number.)
+        more = [f"and {len(problems) - 1000} more"] if len(problems) > 1000 else []
+        listed = "; ".join(problems[:1000] + more)
+        raise ValueError(f"The judge's {WEIGHTS_NAME} doesn't fit its {CONFIG_NAME}: {listed}")
     judge.load_state_dict(tensors, assign=True)

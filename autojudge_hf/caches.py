@@ -87,7 +87,7 @@ class FixedCache(StaticCache):
             torch._dynamo.mark_static_address(tensor)
         self.layers = [FixedLayer(max_length, self.start) for _ in self.layers]
         self.num_rows, self.max_length = num_rows, max_length
-        self.made_for = _circumstances(model, num_rows)
+        self.made_for, self.is_inference = _made_for(model), torch.is_inference_mode_enabled()
         #: Tokens cached, on the host, and in how many rows.
         self.length, self.rows = 0, num_rows
         #: How many tokens a forward may have; any other number is padded, or a prefill.
@@ -149,8 +149,11 @@ class FixedCache(StaticCache):
                 layer.values.zero_()
 
 
-#: One cache of a model outlives the call: its addresses are in the captured graphs.
-kept_caches: WeakKeyDictionary[PreTrainedModel, FixedCache] = WeakKeyDictionary()
+#: What outlives the call, newest last: the addresses are in the captured graphs, which for other ones are made anew.
+kept_caches: WeakKeyDictionary[PreTrainedModel, list[FixedCache]] = WeakKeyDictionary()
+# A model may be its own assistant, and calls may take turns in two batch sizes.
+_NUM_KEPT = 2
+_keeping = threading.Lock()
 _GRANULARITY = 256
 # Shapes times rows times models; behind the limit of 8, dynamo runs what it doesn't know eagerly from then on.
 _RECOMPILE_LIMIT = 64
@@ -165,17 +168,22 @@ def take_fixed_cache(
 ) -> FixedCache | None:
     """An empty cache with room for `length` tokens and a forward of any of the widths behind them.
 
-    The one that the model's last call gave back, if it's large enough and made for the same circumstances. Until it's
-    given back it belongs to this call. `None` for a model whose forward hasn't a fixed shape.
+    The smallest that is large enough of those that the model's last calls gave back, if one is for as many rows. Until
+    it's given back it belongs to this call. `None` for a model whose forward hasn't a fixed shape.
     """
     if not _has_fixed_shapes(model):
         return None
     length += max(widths)
-    cache = kept_caches.pop(model, None)
-    fits = cache is not None and cache.made_for == _circumstances(model, num_rows)
-    if fits and cache.max_length < length:
-        fits, length = False, max(length, 2 * cache.max_length)  # since another size is compiled anew
-    if not fits:
+    is_inference = torch.is_inference_mode_enabled()
+    with _keeping:
+        kept = [cache for cache in kept_caches.get(model, []) if cache.made_for == _made_for(model)]
+        alike = [cache for cache in kept if (cache.num_rows, cache.is_inference) == (num_rows, is_inference)]
+        fitting = [cache for cache in reversed(alike) if cache.max_length >= length]
+        cache = min(fitting, key=lambda cache: cache.max_length, default=None)
+        kept_caches[model] = [other for other in kept if other is not cache]
+    if cache is None:
+        # Another size is compiled anew.
+        length = max([length, *(2 * smaller.max_length for smaller in alike)])
         cache = FixedCache(model, num_rows, -(-length // _GRANULARITY) * _GRANULARITY)
     cache.clear()
     cache.widths, cache.forward, cache.is_taken = widths, model, True
@@ -202,13 +210,13 @@ def take_fixed_cache(
 
 def give_fixed_cache_back(model: PreTrainedModel, cache: FixedCache) -> None:
     cache.forward, cache.is_taken = None, False  # or it would keep the model alive
-    kept_caches[model] = cache
+    with _keeping:
+        kept_caches[model] = [*kept_caches.get(model, []), cache][-_NUM_KEPT:]
 
 
-def _circumstances(model: PreTrainedModel, num_rows: int) -> tuple:
-    """What keys and values depend on: shape, place, dtype, and whether they may be written to."""
-    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    return num_rows, num_layers, model.device, model.dtype, torch.is_inference_mode_enabled()
+def _made_for(model: PreTrainedModel) -> tuple:
+    """What a model's keys and values depend on: once it has changed, caches made before are of no use."""
+    return model.config.get_text_config(decoder=True).num_hidden_layers, model.device, model.dtype
 
 
 def _has_fixed_shapes(model: PreTrainedModel) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import numbers
 from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import DynamicCache, StaticCache
@@ -42,6 +43,20 @@ REFUSED_SETTINGS = {
     "speculation_type": (None, "`speculation_type`"),
     "assistant_ensemble_weight": (None, "`assistant_ensemble_weight`"),
 }
+#: More settings that change which candidates are mismatches, with what turns each off besides `None`. Mining has none.
+NEVER_MINED = {
+    "encoder_repetition_penalty": 1.0,
+    "encoder_no_repeat_ngram_size": 0,
+    "sequence_bias": None,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "min_length": 0,
+    "min_new_tokens": 0,
+}
 # These reckon positions from the mask, or from distances alone.
 ALIBI = ("bloom", "mpt")
 # XLM and CPM-Ant add tokens that nobody passes; Moshi forgets what leaves its window, and its mask doesn't say so.
@@ -74,11 +89,12 @@ def checked_draft_length(
         return ADAPTIVE
     if num_assistant_tokens is None:
         num_assistant_tokens = int(default)
-    if not isinstance(num_assistant_tokens, int) or isinstance(num_assistant_tokens, bool) or num_assistant_tokens < 1:
+    is_number = isinstance(num_assistant_tokens, numbers.Integral) and not isinstance(num_assistant_tokens, bool)
+    if not is_number or num_assistant_tokens < 1:
         raise ValueError(
             f"`num_assistant_tokens` must be an int of at least 1 or {ADAPTIVE!r}, got {num_assistant_tokens!r}."
         )
-    return num_assistant_tokens
+    return int(num_assistant_tokens)
 
 
 def check_is_judge(judge: object) -> None:
@@ -163,6 +179,9 @@ def _warn_of_another_pair(judge: Judge, model: PreTrainedModel, assistant_model:
 def _warn_of_other_settings(judge: Judge, generation_config: GenerationConfig) -> None:
     mined, actual = judge.config.decoding_settings, decoding_settings(generation_config)
     differences = [f"{name}={actual[name]} (mined: {mined[name]})" for name in actual if mined[name] != actual[name]]
+    for name, off in NEVER_MINED.items():
+        if (value := getattr(generation_config, name, None)) not in (None, off):
+            differences.append(f"{name}={value!r:.50} (mined: {off})")
     if differences:
         warn_once(
             "The judge was mined under other decoding settings, so its threshold may not mean the same here: "
@@ -248,7 +267,7 @@ def check_supported(
 
 def _has_own_positions(input_ids: torch.Tensor, mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> bool:
     """Whether somebody passed other positions than `generate` makes. (Those of images have three dimensions.)"""
-    if position_ids is None or position_ids.ndim != 2:
+    if position_ids is None or position_ids.ndim != 2 or input_ids.shape[1] == 0:  # embeddings in the text's place
         return False
     mask = input_ids.new_ones(input_ids.shape) if mask is None else mask
     columns = slice(-min(position_ids.shape[1], mask.shape[1]), None)

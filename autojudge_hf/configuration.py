@@ -92,6 +92,9 @@ def public_name(name_or_path: str | None) -> str | None:
     if not name_or_path:
         return None
     path = PurePath(name_or_path)
+    for part, below in itertools.pairwise(path.parts):
+        if part.startswith("models--") and below == "snapshots":  # of the Hub's cache, where a folder is a commit
+            return "/".join(part.split("--")[1:])
     is_hub_id = not path.is_absolute() and len(path.parts) <= 2 and not name_or_path.startswith((".", "~"))
     return name_or_path if is_hub_id else path.name
 

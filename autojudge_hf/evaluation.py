@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -87,7 +88,8 @@ def rows_one_by_one(
     config = GenerationConfig(**settings)
     values = [checked_judge(judge, threshold, model, assistant_model, config) for threshold in thresholds]
     measure = functools.partial(measure_decoding, model, tokenizer, examples, task, **options)
-    shared = {"assistant_model": assistant_model, **settings, "return_dict_in_generate": True}
+    # Mining knows no stop strings either, which the model's own config may have.
+    shared = {"assistant_model": assistant_model, **settings, "stop_strings": None, "return_dict_in_generate": True}
     loop = functools.partial(
         judge_decoding, assistant_model=assistant_model, num_assistant_tokens=num_assistant_tokens
     )
@@ -129,7 +131,8 @@ def measure_decoding(
         raise ValueError(f"`batch_size` must be an int of at least 1, got {batch_size!r}.")
     prompts = [task.prompt(example, tokenizer) for example in examples]
     for example in examples:
-        task.is_correct(example, None)  # fails now where the gold answer is missing
+        with contextlib.suppress(TypeError, AttributeError):  # that no answer is one
+            task.is_correct(example, None)  # fails now where the gold answer is missing
     texts, num_tokens, num_forwards = ([None] * len(examples) for _ in range(3))
     accepted = rejected = seconds = 0
     is_counted = False
@@ -177,7 +180,9 @@ def _graded(task: Task, examples: Sequence[Mapping[str, Any]], texts: Sequence[s
     verdicts: list[bool | Exception] = []
     for example, answer in zip(examples, task.answers_or_errors(examples, texts)):
         try:
-            verdicts.append(answer if isinstance(answer, Exception) else bool(task.is_correct(example, answer)))
+            if not isinstance(answer, Exception):
+                answer = answer is not None and bool(task.is_correct(example, answer))
+            verdicts.append(answer)
         except Exception as error:  # a user's code, which may raise anything
             verdicts.append(error)
     return verdicts

@@ -107,7 +107,7 @@ def judge_decoding(
             budget = max(stop.max_new_tokens)
             fixed = functools.partial(_fixed_or_growing, at_end, len(input_ids), generation_config)
             longest = input_ids.shape[1] + budget
-            cache = fixed(model, longest, sorted({min(width, budget) for width in draft_length.widths}))
+            cache = fixed(model, longest, draft_length.widths)
             if assistant_model is not None:
                 # The newest token, and one more where the last candidate was accepted. A row that has no room left
                 # drafts as far as the others.

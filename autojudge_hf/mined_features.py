@@ -193,7 +193,7 @@ def described(model: PreTrainedModel) -> dict[str, Any]:
     name = model.config.name_or_path
     return {
         # A relative path could pass for the Hub id of a stranger's model.
-        "name": Path(name).resolve().name if name and Path(name).is_dir() else public_name(name),
+        "name": public_name(str(Path(name).resolve()) if name and Path(name).is_dir() else name),
         "revision": getattr(model.config, "_commit_hash", None),
         "hidden_size": hidden_size(model),
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -159,6 +159,7 @@ class LinearJudge(Judge):
 
     def decision_function(self, features: torch.Tensor) -> torch.Tensor:
         """Scores as fp32 logits, shape `(..., f)` to `(...)`; summed in double precision."""
+        features = torch.as_tensor(features)  # of NumPy, as scikit-learn has them, too
         # Apple's GPUs have no double precision.
         device = torch.device("cpu") if features.device.type == "mps" else features.device
         tensors = {name: tensor.to(device, torch.float64) for name, tensor in self._parameters.items()}

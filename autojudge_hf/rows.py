@@ -62,18 +62,22 @@ class Rows:
         if attention_mask is None and len(input_ids) > 1:
             attention_mask = torch.ones_like(input_ids)
         self.attention_mask = None if attention_mask is None else attention_mask.long()
+        # A copy between host and device waits for what is queued: what is known on one side stays there.
+        whole = [input_ids.shape[1]]
+        self._prompt_lengths = whole if attention_mask is None else self.attention_mask.sum(dim=1).tolist()
+        self._histories = list(input_ids)
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each active row, padding left out: the position of its next token."""
-        if self.attention_mask is None:
-            return [self.input_ids.shape[1]]
-        return self.attention_mask.sum(dim=1).tolist()
+        return [self._prompt_lengths[row] + len(self.responses[row]) for row in self.active]
 
     def history(self, row: int) -> torch.Tensor:
         """The prompt of a row of the batch, as it came, and its response: what `generate` shows to processors."""
-        response = torch.tensor(self.responses[row], dtype=torch.long, device=self.prompts.device)
-        return torch.cat([self.prompts[row], response])
+        known = self._histories[row]
+        if new := self.responses[row][len(known) - self.prompts.shape[1] :]:
+            known = self._histories[row] = torch.cat([known, known.new_tensor(new)])
+        return known
 
     def commit(self, new_tokens: Sequence[list[int]], finished: Sequence[bool]) -> list[int]:
         """Appends `new_tokens[j]`, at least one, to active row j, and drops the finished rows; returns which j stay.

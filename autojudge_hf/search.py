@@ -244,7 +244,7 @@ class SemiGreedySearch:
             s.sequence, s.reference = response, answer
             return MinedExample([], "the target's response has no answer") if answer is None else None
         try:
-            important = not self.task.equivalent(answer, s.reference)
+            important = answer is None or not self.task.equivalent(answer, s.reference)
         except Exception as error:  # a user's code, which may raise anything
             return _failed(error)
         candidate, target = s.trial[-1], s.sequence[s.position]

@@ -22,6 +22,7 @@ from .configuration import JudgeConfig
 from .fitting import fit_judges, folds, roc_auc
 from .hub import create_repo
 from .mined_examples import pairs_in
+from .modeling import CONFIG_NAME, WEIGHTS_NAME
 from .training_args import JudgeTrainingArguments
 from .verification import harmless
 
@@ -151,9 +152,11 @@ class JudgeTrainer:
                 curve.append({"num_examples": len(part), "eval_auc": max(map(self._eval_auc, fits))})
         return curve
 
-    def evaluate(self, eval_dataset: datasets.Dataset | None = None) -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: datasets.Dataset | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """ROC-AUC, and at the judge's threshold: recall of important mismatches, share of harmless ones accepted."""
-        return self.predict(self.eval_dataset if eval_dataset is None else eval_dataset, "eval").metrics
+        return self.predict(self.eval_dataset if eval_dataset is None else eval_dataset, metric_key_prefix).metrics
 
     def predict(self, test_dataset: datasets.Dataset, metric_key_prefix: str = "test") -> PredictionOutput:
         """Scores in [0, 1] of a mined dataset, labels, and those metrics of `evaluate` that the labels allow."""
@@ -252,10 +255,11 @@ class JudgeTrainer:
         folder = Path(self.args.output_dir)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"`output_dir` must be a folder, got the file {folder.name}.")
-        if folder.is_dir() and any(folder.iterdir()) and not self.args.overwrite_output_dir:
+        found = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if (folder / name).exists()]
+        if found and not self.args.overwrite_output_dir:
             raise ValueError(
-                f"`output_dir` {folder.name} exists and isn't empty. Give another folder, or pass "
-                "`overwrite_output_dir=True` to replace its files."
+                f"`output_dir` {folder.name} holds a judge or another model: {', '.join(found)}. Give another folder, "
+                "or pass `overwrite_output_dir=True` to replace its files."
             )
 
     def _split(self, dataset: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:

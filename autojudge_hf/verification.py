@@ -123,8 +123,10 @@ def verify_sampled(
             drawn_from = torch.zeros_like(p[:, :k]).scatter(2, candidate_ids[..., None], 1.0)
         else:
             drawn_from = assistant_logits.softmax(dim=-1)
-        is_candidate = torch.arange(k, device=p.device) < candidate_ids.new_tensor(lengths)[:, None]
-        q[:, :k] = drawn_from * is_candidate[..., None]
+        if min(lengths) < k:
+            is_candidate = torch.arange(k, device=p.device) < candidate_ids.new_tensor(lengths)[:, None]
+            drawn_from = drawn_from * is_candidate[..., None]
+        q[:, :k] = drawn_from
     p_candidate = p[:, :-1].gather(2, candidate_ids[..., None]).squeeze(2)
     q_candidate = q[:, :k].gather(2, candidate_ids[..., None]).squeeze(2)
     matches = torch.rand_like(q_candidate) * q_candidate < p_candidate

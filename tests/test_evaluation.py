@@ -159,6 +159,18 @@ def test_a_task_that_fails_on_an_example_costs_that_example(pair, tokenizer, top
     assert later["correct"] == measured[1]["correct"] and "RuntimeError: no gold answer" in caplog.text
     assert not pair[0]._forward_pre_hooks  # that count forwards
 
+    class OfNumbers(EvenLength):
+        """Which has no idea of an answer that isn't there."""
+
+        def extract_answers(self, examples, texts):
+            return [None if example is EXAMPLES[1] else 1 for example in examples]
+
+        def is_correct(self, example, answer):
+            return abs(answer - 1) < 0.5
+
+    numbers = measure_decoding(pair[0], tokenizer, EXAMPLES, OfNumbers(), "alone", do_sample=False, max_new_tokens=3)
+    assert numbers["correct"] == [True, False, True] and "OfNumbers" not in caplog.text
+
 
 def test_a_response_ends_at_its_first_eos_token():
     """Where padding is the EOS token, it isn't counted."""

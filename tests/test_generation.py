@@ -726,6 +726,18 @@ def test_instruct_configs_warn_once_with_the_difference(instruct_pair, linear_ju
         options = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": 8}
         model.generate(PROMPT, assistant_model=assistant, judge=linear_judge, **options)
     assert not caplog.messages
+    for name, value in (
+        ("bad_words_ids", [[3]]),
+        ("suppress_tokens", [4]),
+        ("min_new_tokens", 2),
+        ("exponential_decay_length_penalty", (5, 1.1)),
+        ("sequence_bias", {(5,): 1.0}),
+        ("encoder_repetition_penalty", 1.2),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="autojudge_hf.checks"):
+            model.generate(PROMPT, assistant_model=assistant, judge=linear_judge, **options, **{name: value})
+        assert len(caplog.messages) == 1 and f"{name}=" in caplog.messages[0]
 
 
 def test_instruct_configs_lossless_follows_the_targets_config(instruct_pair, top_k):
@@ -812,6 +824,7 @@ def test_without_judge_the_original_runs(random_pair, monkeypatch):
         ({"assistant_model": "org/small"}, "assistant_model.*must be a model, got str"),
         ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight"),
         ({"inputs_embeds": torch.zeros(1, 7, 32)}, "inputs_embeds"),
+        ({"inputs_embeds": torch.zeros(1, 7, 32), "inputs": None}, "inputs_embeds"),
         ({"logits_processor": LogitsProcessorList([STATEFUL])}, "SynthIDTextWatermark"),
         ({"use_cache": False}, "use_cache"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
@@ -828,7 +841,8 @@ def test_bad_calls_fail_before_any_forward(random_pair, linear_judge, options, m
     calls = []
     hooks = [m.register_forward_pre_hook(lambda *args: calls.append(1)) for m in (model, assistant)]
     with pytest.raises(ValueError, match=message):
-        model.generate(PROMPT, **{"max_new_tokens": 5, "assistant_model": assistant, "judge": linear_judge, **options})
+        call = {"inputs": PROMPT, "max_new_tokens": 5, "assistant_model": assistant, "judge": linear_judge, **options}
+        model.generate(**call)
     for hook in hooks:
         hook.remove()
     assert not calls

@@ -461,6 +461,27 @@ def test_response_without_answer_is_skipped_and_counted(random_pair, caplog):
     assert isinstance(rows, datasets.Dataset) and "label" in rows.column_names
 
 
+class Bare(Task):
+    """What a task has to have, and no more: of an answer that isn't there, it can say nothing."""
+
+    prompt, extract_answers = LastTokens.prompt, LastTokens.extract_answers
+    modulus = 3
+
+    def equivalent(self, answer, reference):
+        return abs(answer - reference) < 1e-6
+
+    def is_correct(self, example, answer):
+        return abs(answer - 1) < 1e-6
+
+
+def test_no_answer_is_equivalent_to_nothing(random_pair):
+    """A task needn't say so, nor have a name: the labels are those of one that does."""
+    options = {"max_new_tokens": 24, "batch_size": 5}
+    rows = mine_mismatches(*random_pair, NumberTokenizer(), EXAMPLES, Bare(), **options)
+    assert found(rows) == found(mine_random(random_pair))
+    assert {json.loads(row["pair"])["task"] for row in rows} == {"Bare"}
+
+
 def test_a_task_that_loses_answers(random_pair, caplog):
     class Losing(LastTokens):
         def extract_answers(self, examples, texts):

@@ -184,7 +184,8 @@ def test_linear_score_is_the_dot_product(linear):
     inputs = JudgeInputs(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, 4), features)
     expected = [[sum(w * x for w, x in enumerate(row)) - 3.0 for row in rows] for rows in features.tolist()]
     torch.testing.assert_close(linear(inputs), torch.tensor(expected))
-    torch.testing.assert_close(linear.predict_proba(features[0]), torch.sigmoid(torch.tensor(expected[0])))
+    for same in (features[0], features[0].numpy()):
+        torch.testing.assert_close(linear.predict_proba(same), torch.sigmoid(torch.tensor(expected[0])))
 
 
 @pytest.mark.parametrize(
@@ -205,6 +206,14 @@ def test_wrong_tensors_are_all_named(linear, tmp_path, tensors, messages):
         AutoJudge.from_pretrained(tmp_path)
     for message in messages:
         assert message in str(error.value)
+
+
+def test_as_many_wrong_tensors_as_there_are_are_named(linear, tmp_path):
+    linear.save_pretrained(tmp_path)
+    save_file({f"layer.{i}": torch.zeros(1) for i in range(300)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError) as error:
+        AutoJudge.from_pretrained(tmp_path, subfolder=None)
+    assert all(f"'layer.{i}'" in str(error.value) for i in range(300))
 
 
 def test_broken_files(linear, tmp_path):
@@ -265,6 +274,7 @@ def test_names_without_folders():
     assert public_name("org/model") == "org/model" and public_name("model") == "model"
     for path in ("models/llama/8b", "/home/me/8b", "./8b", "../me/8b", "~/8b"):
         assert public_name(path) == "8b"
+    assert public_name("/home/me/.cache/huggingface/hub/models--org--8b/snapshots/0a1b2c") == "org/8b"
 
 
 def test_a_cast_judge_is_saved_whole(linear, tmp_path):

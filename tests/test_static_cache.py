@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, StaticCache
 
 from autojudge_hf import AutoJudge, JudgeConfig
-from autojudge_hf.caches import CACHE_NAME, FixedCache, kept_caches
+from autojudge_hf.caches import CACHE_NAME, kept_caches
 from autojudge_hf.tasks import GSM8K
 
 
@@ -53,9 +53,9 @@ def test_the_same_tokens_on_the_embedded_pair(target, draft, tokenizer, test_pro
         output = target.generate(**inputs, **options, **STATIC)
         assert same(output, expected)
         assert (output.num_judge_accepted.sum() > 0) == (threshold > 0)
-        caches.append(kept_caches[target])
+        caches.append(kept_caches[target][-1])
         if batch_size == 1:
-            assert output[CACHE_NAME] is kept_caches[target] and isinstance(output[CACHE_NAME], StaticCache)
+            assert output[CACHE_NAME] is caches[-1] and isinstance(output[CACHE_NAME], StaticCache)
             assert output[CACHE_NAME].length == output.sequences.shape[1] - 1
     assert caches[0] is caches[1]
 
@@ -76,7 +76,58 @@ def test_lossless(family, monkeypatch):
     rewind_to_wrong_keys(monkeypatch)
     assert not torch.equal(model.generate(**inputs, **options, **STATIC).sequences, expected)
     # These two have no forward that could be compiled whole; their caches grow, with a warning.
-    assert isinstance(kept_caches.get(model), FixedCache) == (family not in ("gpt_neo", "mpt"))
+    assert (model in kept_caches) == (family not in ("gpt_neo", "mpt"))
+
+
+def test_short_budgets_compile_nothing(compiled, top_k):
+    """A draft that is cut short is verified in the shape of a whole one."""
+    model = random_llama()
+    options = {"assistant_model": similar_model(model), "judge": top_k, "judge_threshold": 0.5}
+    options["num_assistant_tokens"] = 8
+    model.generate(PROMPT, max_new_tokens=40, **options, **compiled)
+    graphs = counters["stats"]["unique_graphs"]
+    for max_new_tokens in range(1, 12):
+        expected = model.generate(PROMPT, max_new_tokens=max_new_tokens, **options, **GREEDY)
+        assert same(model.generate(PROMPT, max_new_tokens=max_new_tokens, **options, **compiled), expected)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_calls_that_take_turns_have_their_caches_back(top_k):
+    """Graphs are captured for addresses: of batches of two sizes, and of a model that is its own assistant."""
+    model = random_llama()
+    assistant = similar_model(model)
+    options = {"judge": top_k, "judge_threshold": 0.0, "num_assistant_tokens": 4, "max_new_tokens": 12, **STATIC}
+    for drafter, batches in ((assistant, [PROMPTS[:1], PROMPTS[:2]]), (model, [PROMPTS[:1]])):
+        seen = []
+        for _ in range(3):
+            for prompts in batches:
+                inputs = left_padded(prompts)
+                expected = model.generate(**inputs, do_sample=False, max_new_tokens=12)
+                output = model.generate(**inputs, assistant_model=drafter, **options)
+                assert torch.equal(output.sequences, expected)
+                seen.append([cache for m in (model, drafter) for cache in kept_caches[m]])
+        # In the same order, which says whose is whose.
+        assert seen[-1] == seen[-1 - len(batches)]
+        assert len(kept_caches[model]) == 2
+
+
+def test_a_short_call_after_a_long_one_has_its_small_cache_back(top_k):
+    """Attention runs over all the positions that there are."""
+    model = random_llama(max_position_embeddings=1024)
+    options = {
+        "assistant_model": similar_model(model),
+        "judge": top_k,
+        "judge_threshold": 0.0,
+        "max_new_tokens": 8,
+        **STATIC,
+    }
+    lengths = []
+    for num_tokens in (10, 600, 10, 600, 10):
+        prompt = torch.arange(num_tokens)[None] % 32
+        output = model.generate(prompt, **options)
+        assert torch.equal(output.sequences, model.generate(prompt, do_sample=False, max_new_tokens=8))
+        lengths.append(output[CACHE_NAME].max_length)
+    assert lengths == [256, 768, 256, 768, 256]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -189,7 +240,7 @@ def test_up_to_the_edge_of_the_allocation(random_pair, top_k):
         expected = model.generate(prompt, do_sample=False, max_new_tokens=8)
         output = model.generate(prompt, **options, num_assistant_tokens=4, max_new_tokens=8, **STATIC)
         assert torch.equal(output.sequences, expected)
-        lengths.append(kept_caches[model].max_length)
+        lengths.append(kept_caches[model][-1].max_length)
     assert lengths == [256, 256, 256, 256, 512]
 
 
@@ -259,7 +310,7 @@ def test_what_a_former_call_left_is_gone(random_pair, top_k):
     options = {"assistant_model": assistant, "judge": top_k, "judge_threshold": 0.0, "max_new_tokens": 20}
     expected = model.generate(PROMPT, do_sample=False, max_new_tokens=20)
     model.generate(PROMPT, **options, **STATIC)
-    for layer in kept_caches[model].layers:
+    for layer in kept_caches[model][-1].layers:
         layer.keys.fill_(torch.nan)
         layer.values.fill_(torch.nan)
     assert torch.equal(model.generate(PROMPT, **options, **STATIC).sequences, expected)
@@ -304,13 +355,13 @@ def test_a_model_that_has_changed_its_dtype(top_k):
         options = {"assistant_model": similar_model(model), "judge": top_k, "judge_threshold": 0.0}
         expected = model.generate(PROMPT, **options, max_new_tokens=20, **GREEDY)
         assert same(model.generate(PROMPT, **options, max_new_tokens=20, **STATIC), expected)
-        assert kept_caches[model].layers[0].keys.dtype == dtype
+        assert [cache.layers[0].keys.dtype for cache in kept_caches[model]] == [dtype]
 
 
 def test_kept_memory_goes_with_the_model(top_k):
     model = random_llama()
     model.generate(PROMPT, assistant_model=similar_model(model), judge=top_k, max_new_tokens=4, **STATIC)
-    kept, model = weakref.ref(kept_caches[model]), None
+    kept, model = weakref.ref(kept_caches[model][-1]), None
     gc.collect()
     assert kept() is None
 

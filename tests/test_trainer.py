@@ -344,8 +344,10 @@ def test_refusals(tmp_path, caplog):
     with pytest.raises(ValueError, match=r"Call `train\(\)` first"):
         untrained.save_model()
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious.txt").write_text("keep me")
-    with pytest.raises(ValueError, match="isn't empty.*overwrite_output_dir"):
+    (tmp_path / "out" / "mismatches.parquet").touch()
+    trainer(tmp_path, good)  # beside what was mined, say
+    (tmp_path / "out" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a judge or another model: config.json.*overwrite_output_dir"):
         trainer(tmp_path, good)
     trainer(tmp_path, good, overwrite_output_dir=True)
     for args, message in (

@@ -161,7 +161,7 @@ def test_a_call_that_fails_gives_its_static_cache_back(top_k):
     for leaves_at in (2, 3):
         with pytest.raises(GoneError):
             model.generate(PROMPT, max_new_tokens=20, streamer=Listener(leaves_at), **options)
-        assert kept_caches[model] is kept
+        assert kept_caches[model] == kept
     assert torch.equal(model.generate(PROMPT, max_new_tokens=20, **options), expected)
 
 

@@ -19,8 +19,13 @@ class Task(ABC):
     Answers may be anything that survives `==` and JSON; `None` stands for "no answer was given".
     """
 
-    #: Recorded in mined datasets and judges. Change it with every change of prompt or grading.
+    #: Recorded in mined datasets and judges; default: the class's. Change it with every change of prompt or grading.
     name: str
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if not hasattr(cls, "name"):
+            cls.name = cls.__name__
 
     @abstractmethod
     def prompt(self, example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -35,7 +40,7 @@ class Task(ABC):
 
     @abstractmethod
     def is_correct(self, example: Mapping[str, Any], answer: Any) -> bool:
-        """Whether `answer` is right by the example's gold answer."""
+        """Whether `answer` is right by the example's gold answer. `None` never is, nor is it asked about."""
 
     def answers_or_errors(self, examples: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[Any]:
         """What `extract_answers` gives, or for an example on which it fails its error: one can't stop a run."""
@@ -50,7 +55,7 @@ class Task(ABC):
             return [answer for pair in zip(examples, texts) for answer in self.answers_or_errors(*([x] for x in pair))]
 
     def equivalent(self, answer: Any, reference: Any) -> bool:
-        """Whether `answer` means the same as the target's own `reference`. `None` is equivalent to nothing."""
+        """Whether `answer` means the same as the target's own `reference`. `None` never does, and isn't asked."""
         return answer is not None and reference is not None and answer == reference
 
 
