@@ -14,9 +14,9 @@ class JudgeTrainingArguments:
 
     Args:
         output_dir (`str`):
-            Folder the judge is saved to. It mustn't hold a model, unless `overwrite_output_dir`.
+            Folder the judge is saved to. It mustn't hold a model or a README.md, unless `overwrite_output_dir`.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
-            Whether a judge or another model in `output_dir` may be replaced.
+            Whether files in `output_dir` may be replaced.
         judge_type (`str`, *optional*, defaults to `"linear"`):
             `"linear"`: logistic regression. `"mlp"`: a hidden layer in front of it (scikit-learn's `MLPClassifier`, by
             L-BFGS), which tells more apart where there are some thousand mismatches to learn from.

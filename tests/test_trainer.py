@@ -346,9 +346,12 @@ def test_refusals(tmp_path, caplog):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mismatches.parquet").touch()
     trainer(tmp_path, good)  # beside what was mined, say
+    for precious in ("README.md", "config.json"):
+        (tmp_path / "out" / precious).write_text("keep me")
+        with pytest.raises(ValueError, match=f"saved to already: .*{precious}.*overwrite_output_dir"):
+            trainer(tmp_path, good)
+        (tmp_path / "out" / precious).unlink()
     (tmp_path / "out" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds a judge or another model: config.json.*overwrite_output_dir"):
-        trainer(tmp_path, good)
     trainer(tmp_path, good, overwrite_output_dir=True)
     for args, message in (
         ({"recall": 0.0}, "recall"),

@@ -40,7 +40,7 @@ class Task(ABC):
 
     @abstractmethod
     def is_correct(self, example: Mapping[str, Any], answer: Any) -> bool:
-        """Whether `answer` is right by the example's gold answer. `None` never is, nor is it asked about."""
+        """Whether `answer` is right by the example's gold answer. `None` never is, whatever is said of it."""
 
     def answers_or_errors(self, examples: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[Any]:
         """What `extract_answers` gives, or for an example on which it fails its error: one can't stop a run."""
@@ -55,7 +55,7 @@ class Task(ABC):
             return [answer for pair in zip(examples, texts) for answer in self.answers_or_errors(*([x] for x in pair))]
 
     def equivalent(self, answer: Any, reference: Any) -> bool:
-        """Whether `answer` means the same as the target's own `reference`. `None` never does, and isn't asked."""
+        """Whether `answer` means the same as the target's own `reference`. `None` never does: mining doesn't ask."""
         return answer is not None and reference is not None and answer == reference
 
 

@@ -14,12 +14,12 @@ from transformers import HfArgumentParser
 @dataclass
 class Arguments:
     data_file: str = field(metadata={"help": "Parquet file that mine.py wrote, or its folder, finished or not."})
-    output_dir: str = field(default="runs/judge", metadata={"help": "Folder for the judge; new or empty."})
+    output_dir: str = field(default="runs/judge", metadata={"help": "Folder for the judge."})
     judge_type: str = field(default="linear", metadata={"help": "'linear', or 'mlp' for some thousand mismatches."})
     recall: float = field(default=0.9, metadata={"help": "Share of important mismatches the threshold rejects."})
     validation_size: float = field(default=0.1, metadata={"help": "Share of the problems held out."})
     seed: int = field(default=42, metadata={"help": "Seed of the split."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace files in output_dir."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an earlier judge."})
     push_to_hub: bool = field(default=False, metadata={"help": "Upload the judge, too."})
     hub_model_id: str | None = field(default=None, metadata={"help": "Where to; default: output_dir's name."})
     hub_private_repo: bool | None = field(default=None, metadata={"help": "Whether a new repository is private."})
