@@ -203,15 +203,21 @@ def read_mismatches(path: str | Path) -> datasets.Dataset:
     """Mined rows from a Parquet file, or from a miner's folder: those of the examples finished so far.
 
     Raises:
-        ValueError: where there are none.
+        FileNotFoundError: for a path at which there is nothing.
+        ValueError: where there are no rows, or a file isn't Parquet.
     """
     import datasets
     import pyarrow.parquet
 
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no {path.name}: expected a folder that mining wrote, or a Parquet file.")
     files = sorted(path.rglob("example-*.parquet")) if path.is_dir() else [path]
     # An example without mismatches has a file, too, which `datasets` wouldn't read.
-    with_rows = [str(file) for file in files if pyarrow.parquet.read_metadata(file).num_rows]
+    try:
+        with_rows = [str(file) for file in files if pyarrow.parquet.read_metadata(file).num_rows]
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"Expected mined mismatches in {path.name}, got what isn't Parquet: {error!s:.200}") from None
     if not with_rows:
         raise ValueError(f"Expected mined mismatches in {path.name}, found none in {len(files)} Parquet files.")
     return datasets.Dataset.from_parquet(with_rows)

@@ -544,6 +544,11 @@ def test_reading_what_a_miner_left(random_pair, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="mined mismatches in empty, found none in 0"):
         read_mismatches(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="There is no absent: expected a folder that mining wrote"):
+        read_mismatches(tmp_path / "absent")
+    (tmp_path / "rows.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match="mismatches in rows.jsonl, got what isn't Parquet"):
+        read_mismatches(tmp_path / "rows.jsonl")
 
 
 def test_a_damaged_file_is_mined_again(random_pair, tmp_path, caplog):
