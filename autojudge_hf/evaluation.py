@@ -261,10 +261,13 @@ def highlight_accepted(
     mismatches that the judge accepted. Colours are ANSI codes, for a terminal.
     """
     sequence = sequence.to(model.device)
-    choices = model(sequence[None, :-1]).logits[0, prompt_length - 1 :].argmax(dim=-1)
     response = sequence[prompt_length:]
+    logits = model(sequence[None, :-1]).logits[0, prompt_length - 1 :]
+    best, written = logits.amax(dim=-1), logits.gather(1, response[:, None])[:, 0]
+    # In half precision a tie falls either way, with two roundings in between at most.
+    is_own = written >= best - 2 * torch.finfo(logits.dtype).eps * best.abs()
     parts = []
-    for token, own in zip(response.tolist(), (choices == response).tolist()):
+    for token, own in zip(response.tolist(), is_own.tolist()):
         if token in tokenizer.all_special_ids:
             continue
         text = tokenizer.decode([token])

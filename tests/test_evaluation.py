@@ -12,7 +12,7 @@ from conftest import random_llama, similar_model
 
 from autojudge_hf import AutoJudge, JudgeConfig, evaluate_judge, evaluation_summary
 from autojudge_hf.evaluation import _trimmed, highlight_accepted, measure_decoding, paired_interval
-from autojudge_hf.tasks import Task
+from autojudge_hf.tasks import GSM8K, Task
 
 
 class EvenLength(Task):
@@ -217,3 +217,18 @@ def test_highlighted_are_the_accepted_mismatches(pair, tokenizer, top_k):
         text = highlight_accepted(model, tokenizer, output.sequences[0], ids.shape[1])
         assert text.count("\033[30;43m") == output.num_judge_accepted.item()
         assert (threshold == 0.0) == (output.num_judge_accepted.item() == 0)
+
+
+def test_ties_of_half_precision_are_not_highlighted(target, draft, tokenizer, test_problems, top_k):
+    """What the target wrote itself is its own, though a pass of another shape would have chosen the other token."""
+    model, assistant = (copy.deepcopy(m).to(torch.bfloat16) for m in (target, draft))
+    num_ties = 0
+    for problem in test_problems[:12]:
+        ids = tokenizer(GSM8K().prompt(problem, tokenizer), return_tensors="pt", add_special_tokens=False)["input_ids"]
+        options = {"assistant_model": assistant, "judge": top_k, "judge_threshold": 0.0, "max_new_tokens": 120}
+        sequence = model.generate(ids, do_sample=False, **options)[0]
+        with torch.no_grad():
+            choices = model(sequence[None, :-1]).logits[0, ids.shape[1] - 1 :].argmax(dim=-1)
+        num_ties += int((choices != sequence[ids.shape[1] :]).sum())
+        assert "\033" not in highlight_accepted(model, tokenizer, sequence, ids.shape[1])
+    assert num_ties > 0
