@@ -172,6 +172,18 @@ def test_a_task_that_fails_on_an_example_costs_that_example(pair, tokenizer, top
     assert numbers["correct"] == [True, False, True] and "OfNumbers" not in caplog.text
 
 
+def test_stop_strings_of_the_models_own_are_left_out(pair, tokenizer, top_k):
+    """Mining knows none either. (NumPy's numbers are numbers.)"""
+    options = {"thresholds": [0.0], "max_new_tokens": 24, "num_assistant_tokens": np.int64(4)}
+    measure = functools.partial(evaluate_judge, *pair, tokenizer, EXAMPLES, EvenLength(), top_k, **options)
+    expected = [row["texts"] for row in measure()]
+    pair[0].generation_config.stop_strings = [expected[0][0][5:7]]
+    try:
+        assert [row["texts"] for row in measure()] == expected
+    finally:
+        pair[0].generation_config.stop_strings = None
+
+
 def test_a_response_ends_at_its_first_eos_token():
     """Where padding is the EOS token, it isn't counted."""
     assert _trimmed([5, 1, 1, 1], {1}) == [5, 1] and _trimmed([5, 6], {1}) == [5, 6]
