@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from .checks import check_is_judge, checked_judge
 from .draft_length import clock
+from .features import of_candidates
 from .forward import eos_token_ids
 from .generation import JudgeDecoderOnlyOutput, judge_decoding
 from .rows import left_padded
@@ -262,10 +263,10 @@ def highlight_accepted(
     """
     sequence = sequence.to(model.device)
     response = sequence[prompt_length:]
-    logits = model(sequence[None, :-1]).logits[0, prompt_length - 1 :]
-    best, written = logits.amax(dim=-1), logits.gather(1, response[:, None])[:, 0]
+    logits = model(sequence[None, :-1]).logits[:, prompt_length - 1 :]
+    best, written = logits.amax(dim=-1), of_candidates(logits, response[None])
     # In half precision a tie falls either way, with two roundings in between at most.
-    is_own = written >= best - 2 * torch.finfo(logits.dtype).eps * best.abs()
+    (is_own,) = written >= best - 2 * torch.finfo(logits.dtype).eps * best.abs()
     parts = []
     for token, own in zip(response.tolist(), is_own.tolist()):
         if token in tokenizer.all_special_ids:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 
 CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, PLOT_NAME = "config.json", "model.safetensors", "README.md", "trade_off.png"
+#: What `save_pretrained` writes or replaces.
+SAVED_NAMES = (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, PLOT_NAME, "custom_generate")
 
 
 class Judge(nn.Module):

@@ -22,7 +22,7 @@ from .configuration import JudgeConfig
 from .fitting import fit_judges, folds, roc_auc
 from .hub import create_repo
 from .mined_examples import pairs_in
-from .modeling import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from .modeling import SAVED_NAMES
 from .training_args import JudgeTrainingArguments
 from .verification import harmless
 
@@ -255,7 +255,7 @@ class JudgeTrainer:
         folder = Path(self.args.output_dir)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"`output_dir` must be a folder, got the file {folder.name}.")
-        found = [name for name in (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME) if (folder / name).exists()]
+        found = [name for name in SAVED_NAMES if (folder / name).exists()]
         if found and not self.args.overwrite_output_dir:
             raise ValueError(
                 f"`output_dir` {folder.name} has what a judge is saved to already: {', '.join(found)}. Give another "

@@ -14,7 +14,7 @@ class JudgeTrainingArguments:
 
     Args:
         output_dir (`str`):
-            Folder the judge is saved to. It mustn't hold a model or a README.md, unless `overwrite_output_dir`.
+            Folder the judge is saved to. It mustn't hold files that a judge has, unless `overwrite_output_dir`.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Whether files in `output_dir` may be replaced.
         judge_type (`str`, *optional*, defaults to `"linear"`):

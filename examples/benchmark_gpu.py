@@ -24,7 +24,7 @@ import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -133,7 +133,8 @@ def mean_judge(model: PreTrainedModel) -> Judge:
 
 
 def bandwidth(device: str, size: int) -> float:
-    """Bytes read and written a second, by copies of `size` bytes."""
+    """Bytes read and written a second, by copies of `size` bytes, a GiB at most."""
+    size = min(2**30, size)
     source = torch.empty(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = [timed(device, lambda: target.copy_(source))[0] for _ in range(10)]
@@ -234,6 +235,10 @@ def time_in_turn(rows: list[dict[str, Any]], args) -> None:
                 row["peak"] = max(row["peak"], torch.cuda.max_memory_allocated())
 
 
+def print_row(cells: Sequence[Any]) -> None:
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
 def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The parser's own, and those of the pair. On a CPU it is fp32."""
     parser.add_argument("--pair", choices=list(PAIRS), default="llama")
@@ -270,15 +275,15 @@ def main() -> None:
     args.vocab_size = min(model.config.vocab_size, draft.config.vocab_size)
     judge = mean_judge(model)
 
-    size = min(2**30, weight_bytes(model))
-    rate = bandwidth(args.device, size)
+    rate = bandwidth(args.device, weight_bytes(model))
     read, read_by_draft = weight_bytes(model), weight_bytes(draft)
     print(f"{args.pair}, {args.dtype}, {args.device}; {args.num_tokens} tokens after {args.prompt_length}")
     print(f"copies: {rate / 1e9:.0f} GB/s; weights: {read / 1e9:.2f} and {read_by_draft / 1e9:.2f} GB")
     print("roofline: tokens/s if a cycle took no longer than to read the weights\n")
     header = "decoding|draft length|batch|tokens per cycle|tokens/s|to roofline|first call, s|peak GB"
     header += "|the target's tokens|graphs missed|new graphs"
-    print("| " + header.replace("|", " | ") + " |\n|" + " --- |" * (header.count("|") + 1))
+    print_row(header.split("|"))
+    print_row(["---"] * (header.count("|") + 1))
     ways = [
         way
         for way in ways_to_decode(draft, judge, args)
@@ -298,7 +303,7 @@ def main() -> None:
             cells = [name, k or "", b, f"{row['tokens_per_cycle']:.2f}", f"{speed:.0f}", f"{speed / roofline:.2f}"]
             cells += [f"{row['first']:.1f}", f"{row['peak'] / 1e9:.2f}"]
             cells += ["" if is_judged else "yes" if row["is_right"] else "NO", row["graphs_missed"], row["new_graphs"]]
-            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+            print_row(cells)
 
 
 if __name__ == "__main__":

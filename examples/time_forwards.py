@@ -26,6 +26,7 @@ from benchmark_gpu import (
     mean_judge,
     parse_arguments,
     planted_pair,
+    print_row,
     timed,
     weight_bytes,
 )
@@ -122,13 +123,14 @@ def main() -> None:
     for x in (model, draft):
         x.set_attn_implementation(args.attn_implementation)
     args.vocab_size = min(model.config.vocab_size, draft.config.vocab_size)
-    rate = bandwidth(args.device, min(2**30, weight_bytes(model)))
+    rate = bandwidth(args.device, weight_bytes(model))
     reading, reading_draft = 1e3 * weight_bytes(model) / rate, 1e3 * weight_bytes(draft) / rate
     print(f"{args.pair}, {args.dtype}, {args.device}, {args.attn_implementation}; copies: {rate / 1e9:.0f} GB/s")
     print(f"verifications of {args.draft_length + 1} tokens; weights: {reading:.2f} and {reading_draft:.2f} ms\n")
     header = "compiled|draft token, ms|times reading|verification, ms|times reading|with states, ms|judge, ms"
     header += "|first calls, s|new graphs"
-    print("| " + header.replace("|", " | ") + " |\n|" + " --- |" * (header.count("|") + 1))
+    print_row(header.split("|"))
+    print_row(["---"] * (header.count("|") + 1))
     for name in args.compiled:
         forget_graphs()
         first, calls = timed(args.device, functools.partial(forwards, model, draft, WAYS[name], args))
@@ -140,7 +142,7 @@ def main() -> None:
         cells = [name, f"{token:.2f}", f"{token / reading_draft:.2f}", f"{taken['verification']:.2f}"]
         cells += [f"{taken['verification'] / reading:.2f}", f"{taken['with states']:.2f}", f"{taken['judge']:.2f}"]
         cells += [f"{first:.1f}", graphs_made(args.device) - graphs]
-        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+        print_row(cells)
 
 
 if __name__ == "__main__":

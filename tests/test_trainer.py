@@ -346,7 +346,7 @@ def test_refusals(tmp_path, caplog):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mismatches.parquet").touch()
     trainer(tmp_path, good)  # beside what was mined, say
-    for precious in ("README.md", "config.json"):
+    for precious in ("README.md", "config.json", "model.safetensors", "trade_off.png", "custom_generate"):
         (tmp_path / "out" / precious).write_text("keep me")
         with pytest.raises(ValueError, match=f"saved to already: .*{precious}.*overwrite_output_dir"):
             trainer(tmp_path, good)
