@@ -2,6 +2,22 @@
 """Literal references: no caches, no batches, no cleverness. Only as fast as they have to be."""
 
 import torch
+from scipy.stats import chisquare
+
+
+#: Rarer than this isn't chance. Another version of torch draws other samples, and the suite compares thirty times.
+NOT_CHANCE = 1e-4
+
+
+def chi_square_p(counts, expected):
+    """How rare it is that counts of a distribution differ from it by so much; outcomes seldom expected are pooled."""
+    assert not counts[expected == 0].any()
+    ideal = expected.double() / expected.double().sum() * counts.sum()
+    common = ideal >= 5
+    observed, ideal = (torch.cat([x[common], x[~common].sum()[None]]).double() for x in (counts, ideal))
+    keep = ideal > 0
+    assert keep.sum() > 3
+    return chisquare(observed[keep], ideal[keep] * (observed[keep].sum() / ideal[keep].sum())).pvalue
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import pytest
 import reference
 import torch
 from conftest import PROMPT, random_llama, similar_model
+from reference import NOT_CHANCE, chi_square_p
 from transformers import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
@@ -108,18 +109,6 @@ def exact_distribution(model, draft, prompt, threshold, shape=warm):
     return (first[:, None, None] * second[:, :, None] * third).flatten()
 
 
-def chi_square_p(counts, expected):
-    """Rare outcomes are pooled, so that every expected count is large enough for the test."""
-    from scipy.stats import chisquare
-
-    ideal = expected * counts.sum()
-    common = ideal >= 5
-    observed, ideal = (torch.cat([x[common], x[~common].sum()[None]]).double() for x in (counts, ideal))
-    keep = ideal > 0
-    assert keep.sum() > 10
-    return chisquare(observed[keep], ideal[keep] * (observed[keep].sum() / ideal[keep].sum())).pvalue
-
-
 @pytest.fixture(scope="module")
 def pair_of_eight():
     model = random_llama(2, vocab_size=8)
@@ -183,7 +172,7 @@ def test_sampling_has_the_exact_distribution(pair_of_eight, top_k, num_rows, cal
         lossless = exact_distribution(model, drafted_by(assistant), SHORT, 0.0)
         assert (expected - lossless).abs().sum() > 0.1
     options = {"assistant_model": assistant, "judge": top_k, "judge_threshold": threshold}
-    assert chi_square_p(sampled(model, SHORT, num_rows, calls, **options), expected) > 0.01
+    assert chi_square_p(sampled(model, SHORT, num_rows, calls, **options), expected) > NOT_CHANCE
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.6])
@@ -193,7 +182,7 @@ def test_processors_shape_both_distributions(pair_of_eight, top_k, shape, thresh
     expected = exact_distribution(model, drafted_by(assistant, shape), SHORT, threshold, shape)
     assert (expected - exact_distribution(model, drafted_by(assistant), SHORT, threshold)).abs().sum() > 0.1
     options = {"assistant_model": assistant, "judge": top_k, "judge_threshold": threshold, **SHAPES[shape]}
-    assert chi_square_p(sampled(model, SHORT, 4000, 5, **options), expected) > 0.01
+    assert chi_square_p(sampled(model, SHORT, 4000, 5, **options), expected) > NOT_CHANCE
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.6])
@@ -203,7 +192,7 @@ def test_sampling_with_prompt_lookup_has_the_exact_distribution(pair_of_eight, t
     if threshold == 0.6:
         assert (expected - exact_distribution(model, looked_up, REPETITIVE, 0.0)).abs().sum() > 0.1
     options = {"prompt_lookup_num_tokens": 2, "judge": top_k, "judge_threshold": threshold}
-    assert chi_square_p(sampled(model, REPETITIVE, 1000, 8, **options), expected) > 0.01
+    assert chi_square_p(sampled(model, REPETITIVE, 1000, 8, **options), expected) > NOT_CHANCE
 
 
 def test_plain_resampling_would_be_noticed(pair_of_eight, top_k, monkeypatch):

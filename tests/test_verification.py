@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from reference import NOT_CHANCE, chi_square_p
 
 from autojudge_hf.verification import harmless, verify_greedy, verify_sampled
 
@@ -88,14 +89,6 @@ def first_token_counts(p, q, is_harmless, num_samples=40_000):
     return tokens.bincount(minlength=len(p))
 
 
-def chi_square_p(counts, probabilities):
-    from scipy.stats import chisquare
-
-    return chisquare(
-        counts.numpy(), (probabilities.double() / probabilities.double().sum() * counts.sum()).numpy()
-    ).pvalue
-
-
 P = torch.tensor([0.4, 0.3, 0.05, 0.15, 0.1])
 Q = torch.tensor([0.1, 0.35, 0.3, 0.05, 0.2])
 NOTHING = torch.zeros(5, dtype=torch.bool)
@@ -108,7 +101,7 @@ def test_sampled_rule_has_the_exact_distribution(is_harmless, name):
     expected = formula(P, Q, is_harmless)
     if name == "lossless":
         torch.testing.assert_close(expected, P)
-    assert chi_square_p(first_token_counts(P, Q, is_harmless), expected) > 0.01
+    assert chi_square_p(first_token_counts(P, Q, is_harmless), expected) > NOT_CHANCE
 
 
 def test_plain_resampling_would_be_noticed(monkeypatch):
@@ -134,4 +127,4 @@ def test_bonus_token_comes_from_the_target_alone():
         blocks = [outcome.block for outcome in result.on_host(candidates, None, lengths, set())]
         assert {len(block) for block in blocks} == {block_length}
         bonus = torch.tensor([block[-1] for block in blocks])
-        assert chi_square_p(bonus.bincount(minlength=5), P) > 0.01
+        assert chi_square_p(bonus.bincount(minlength=5), P) > NOT_CHANCE
