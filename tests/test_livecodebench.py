@@ -258,7 +258,7 @@ EMPTY = json.dumps({"value": []})
         (row([("3", "7")], "add"), "```\ndef sub(x): return 7\n```", "no function add"),
         (row([("3", "7")], metadata={"func_name": "add"}), "```\ndef add(x): return 8\n```", "wrong value"),
         (row(), "```\nprint('snan')\n```", "wrong output"),
-        (row([("3", "[]")], "deep"), f"```\n{DEEP}\n```", "wrong value|wrote among the results"),
+        (row([("3", "[]")], "deep"), f"```\n{DEEP}\n```", "wrong value|wrote among the results|RecursionError"),
         (row([("3", "[]")], "forged"), f"```\n{forged(EMPTY)}\n```", "wrote among the results"),
         (row(), f"```\n{forged('[' * 100_000)}\n```", "wrote among the results"),
         (row(), "print(7)", "no code"),

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -283,6 +284,24 @@ else:
 """
     text = TASK.report(SUM, code)
     assert text["results"][0] and not text["passed"]
+
+
+def test_graders_do_not_count_each_others_processes():
+    """Two that start together, whose programs may have the process that they are and the one that started it."""
+    script = """
+from autojudge_hf.tasks import LiveCodeBench
+from autojudge_hf.tasks.sandbox import Limits
+task, code = LiveCodeBench(limits=Limits(num_processes=2)), "import time; time.sleep(0.5); print(7)"
+print([task.report({"public_test_cases": '[{"input": "", "output": "7"}]'}, code)["passed"] for _ in range(6)])
+"""
+    graders = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [grader.communicate()[0] for grader in graders] == [f"{[True] * 6}\n"] * 2
+
+
+@pytest.mark.parametrize("nothing", [{"num_processes": 1}, {"seconds": 0}, {"disk_bytes": -1}])
+def test_limits_under_which_no_program_runs(nothing):
+    with pytest.raises(ValueError, match=f"at least 2 processes.*{next(iter(nothing))}"):
+        Limits(**nothing)
 
 
 def test_without_namespaces_a_warning_says_what_is_open(monkeypatch, caplog):

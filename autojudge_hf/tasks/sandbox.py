@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import json
 import logging
 import os
+import secrets
 import selectors
 import shutil
 import signal
@@ -45,8 +45,9 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 STARTUP_SECONDS = 20.0
 PROBE = "import random\ndef main(request, emit, worker): emit({'status': worker(lambda: None, 1)})"
 
-# A user of its own for every sandbox of root's, since limits on processes count per user.
-_uids = itertools.cycle(range(1 << 20, (1 << 20) + (1 << 16)))
+#: A user of its own for every sandbox of root's, since limits on processes count per user: drawn from numbers that no
+#: system gives away, since other processes grade, too.
+UIDS = range(0x7000_0000, 0x8000_0000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +57,13 @@ class Limits:
     Args:
         seconds (`float`, *optional*, defaults to 6.0): on the clock, for each result.
         memory_bytes (`int`, *optional*, defaults to 1 GiB): address space of each process.
-        num_processes (`int`, *optional*, defaults to 16): processes and threads at a time.
+        num_processes (`int`, *optional*, defaults to 16): processes and threads at a time, with the one that starts
+            the program.
         disk_bytes (`int`, *optional*, defaults to 64 MiB): all files together; without namespaces, each file.
         output_bytes (`int`, *optional*, defaults to 16 MiB): of each result.
+
+    Raises:
+        ValueError: for limits under which no program runs.
     """
 
     seconds: float = 6.0
@@ -66,6 +71,11 @@ class Limits:
     num_processes: int = 16
     disk_bytes: int = 64 << 20
     output_bytes: int = 16 << 20
+
+    def __post_init__(self):
+        positive = min(self.seconds, self.memory_bytes, self.disk_bytes, self.output_bytes) > 0
+        if self.num_processes < 2 or not positive:
+            raise ValueError(f"Expected at least 2 processes, and more than 0 of everything else, got {self}.")
 
 
 def run_isolated(
@@ -158,7 +168,7 @@ def _run(mechanism: str, driver: str, request: Any, num_results: int, limits: Li
             "read_only": [*_read_only(), *DEVICES],
             "packages": [sysconfig.get_paths()["purelib"]],
             "root": folder if mechanism == "unshare" else None,
-            "uid": next(_uids) if mechanism != "limits" and os.geteuid() == 0 else None,
+            "uid": secrets.choice(UIDS) if mechanism != "limits" and os.geteuid() == 0 else None,
         }
         stdin.write(json.dumps(told).encode())
         stdin.seek(0)
