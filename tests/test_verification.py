@@ -76,7 +76,7 @@ def formula(p, q, is_harmless):
     return torch.minimum(p, q) + excess * is_harmless + (excess * ~is_harmless).sum() * lack / lack.sum()
 
 
-def first_token_counts(p, q, is_harmless, num_samples=40_000):
+def first_token_counts(p, q, is_harmless, num_samples=64_000):
     candidates = torch.multinomial(q, num_samples, replacement=True)[:, None]
     result = verify_sampled(
         candidates,
@@ -118,7 +118,7 @@ def test_plain_resampling_would_be_noticed(monkeypatch):
 
 def test_bonus_token_comes_from_the_target_alone():
     torch.manual_seed(0)
-    n = 20_000
+    n = 32_000
     logits = torch.stack([Q.log(), P.log()]).expand(n, 2, -1)
     candidates = torch.multinomial(Q, n, replacement=True)[:, None]
     for lengths, block_length in (([1] * n, 2), ([0] * n, 1)):
