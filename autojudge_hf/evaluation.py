@@ -20,7 +20,7 @@ from .features import of_candidates
 from .forward import eos_token_ids
 from .generation import JudgeDecoderOnlyOutput, judge_decoding
 from .rows import left_padded
-from .tasks.task import Task, checked_examples
+from .tasks.task import Task, answers_or_errors, checked_examples
 
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def measure_decoding(
 def _graded(task: Task, examples: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[bool | Exception]:
     """Whether each response is right; where the task fails on one, its error."""
     verdicts: list[bool | Exception] = []
-    for example, answer in zip(examples, task.answers_or_errors(examples, texts)):
+    for example, answer in zip(examples, answers_or_errors(task, examples, texts)):
         try:
             if not isinstance(answer, Exception):
                 answer = answer is not None and bool(task.is_correct(example, answer))

@@ -22,7 +22,7 @@ from .forward import eos_token_ids, max_positions
 from .mined_examples import MinedExamples
 from .mined_features import FEATURES_DTYPES, described, described_layout, feature_layout
 from .search import SemiGreedySearch
-from .tasks.task import Task, checked_examples
+from .tasks.task import Task, checked_examples, name_of
 
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def mine_mismatches(
         "features": None if features_dtype is None else described_layout(layout),
         "features_dtype": features_dtype or "float32",
         "decoding_settings": {**GREEDY_SETTINGS, **sampling},
-        "task": task.name,
+        "task": name_of(task),
     }
     # What a folder of finished examples has to agree on, too: a name doesn't fix the weights.
     identity = {

@@ -30,12 +30,11 @@ from .generation import judge_decoding
 from .mined_examples import MinedExample
 from .prefixes import Prefixes
 from .rows import MaxRowLengths
+from .tasks.task import Task, answers_or_errors
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from .tasks import Task
 
 
 # Positions at which the assistant's choice is looked up at once. The next mismatch is mostly nearer.
@@ -147,7 +146,7 @@ class SemiGreedySearch:
             self.tokenizer.decode(response[len(s.prompt) :], skip_special_tokens=True)
             for s, response in zip(searches, responses)
         ]
-        return searches, responses, grader.submit(self.task.answers_or_errors, [s.example for s in searches], texts)
+        return searches, responses, grader.submit(answers_or_errors, self.task, [s.example for s in searches], texts)
 
     def _see_candidates(self, searches: list[_Search]) -> None:
         """Runs the candidates through the target behind their prefixes, as a verification cycle would."""

@@ -194,8 +194,10 @@ def test_what_is_no_dataset_and_no_task(pair, tokenizer, top_k):
     for dataset in ({"train": EXAMPLES}, EXAMPLES[0], ["How many?"]):
         with pytest.raises(ValueError, match="must hold examples, mappings of fields, got '"):
             measure(dataset=dataset, task=EvenLength())
-    with pytest.raises(ValueError, match="`task` must be a task, such as `GSM8K.*got <class"):
-        measure(dataset=EXAMPLES, task=EvenLength)
+    promptless = type("Promptless", (), {})()
+    for no_task, name in ((EvenLength, "<class"), ("gsm8k", "'gsm8k'"), (promptless, "<.*Promptless")):
+        with pytest.raises(ValueError, match=f"`task` must be a task, such as `GSM8K.*'is_correct'.*got {name}"):
+            measure(dataset=EXAMPLES, task=no_task)
     rows = measure(dataset=EXAMPLES, task=EvenLength())
     for wrong in ({"dataset": None, "split": "test"}, {"dataset": "made-up", "split": 3}):
         with pytest.raises(ValueError, match="must be a name, for the judge's card"):

@@ -459,7 +459,7 @@ def test_response_without_answer_is_skipped_and_counted(random_pair, caplog):
     assert isinstance(rows, datasets.Dataset) and "label" in rows.column_names
 
 
-class Bare(Task):
+class Bare:
     """What a task has to have, and no more: of an answer that isn't there, it can say nothing."""
 
     prompt, extract_answers = LastTokens.prompt, LastTokens.extract_answers
@@ -473,7 +473,7 @@ class Bare(Task):
 
 
 def test_no_answer_is_equivalent_to_nothing(random_pair):
-    """A task needn't say so, nor have a name: the labels are those of one that does."""
+    """A task needn't say so, nor have a name or a base class: the labels are those of one that does."""
     options = {"max_new_tokens": 24, "batch_size": 5}
     rows = mine_mismatches(*random_pair, NumberTokenizer(), EXAMPLES, Bare(), **options)
     assert found(rows) == found(mine_random(random_pair))

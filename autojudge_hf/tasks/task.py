@@ -12,20 +12,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+METHODS = ("prompt", "extract_answers", "equivalent", "is_correct")
+
+
 class Task(ABC):
     """A kind of problem whose answers can be compared.
 
     Mining asks whether two responses mean the same (`equivalent`), evaluation whether one is right (`is_correct`).
-    Answers may be anything that survives `==` and JSON; `None` stands for "no answer was given".
+    Answers may be anything that survives `==` and JSON; `None` stands for "no answer was given". A class that has the
+    four methods is a task, too, without inheriting from this one.
+
+    Attributes:
+        name (`str`, *optional*, defaults to the class's):
+            Recorded in mined datasets and judges. Change it with every change of prompt or grading.
     """
 
-    #: Recorded in mined datasets and judges; default: the class's. Change it with every change of prompt or grading.
-    name: str
-
-    def __init_subclass__(cls, **kwargs: Any):
-        super().__init_subclass__(**kwargs)
-        if not hasattr(cls, "name"):
-            cls.name = cls.__name__
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        if cls is not Task:
+            return NotImplemented
+        return all(callable(getattr(other, method, None)) for method in METHODS) or NotImplemented
 
     @abstractmethod
     def prompt(self, example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -42,21 +48,26 @@ class Task(ABC):
     def is_correct(self, example: Mapping[str, Any], answer: Any) -> bool:
         """Whether `answer` is right by the example's gold answer. `None` never is, whatever is said of it."""
 
-    def answers_or_errors(self, examples: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[Any]:
-        """What `extract_answers` gives, or for an example on which it fails its error: one can't stop a run."""
-        try:
-            answers = self.extract_answers(examples, texts)
-            if len(answers) != len(texts):
-                raise ValueError(f"`extract_answers` gave {len(answers)} answers for {len(texts)} texts")
-            return answers
-        except Exception as error:  # a user's code, which may raise anything
-            if len(texts) == 1:
-                return [error]
-            return [answer for pair in zip(examples, texts) for answer in self.answers_or_errors(*([x] for x in pair))]
-
     def equivalent(self, answer: Any, reference: Any) -> bool:
         """Whether `answer` means the same as the target's own `reference`. `None` never does: mining doesn't ask."""
         return answer is not None and reference is not None and answer == reference
+
+
+def name_of(task: Task) -> str:
+    return getattr(task, "name", type(task).__name__)
+
+
+def answers_or_errors(task: Task, examples: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[Any]:
+    """What `extract_answers` gives, or for an example on which it fails its error: one can't stop a run."""
+    try:
+        answers = task.extract_answers(examples, texts)
+        if len(answers) != len(texts):
+            raise ValueError(f"`extract_answers` gave {len(answers)} answers for {len(texts)} texts")
+        return answers
+    except Exception as error:  # a user's code, which may raise anything
+        if len(texts) == 1:
+            return [error]
+        return [answer for pair in zip(examples, texts) for answer in answers_or_errors(task, *([x] for x in pair))]
 
 
 def checked_examples(dataset: Iterable[Mapping[str, Any]], task: Task) -> list[Mapping[str, Any]]:
@@ -66,7 +77,7 @@ def checked_examples(dataset: Iterable[Mapping[str, Any]], task: Task) -> list[M
         ValueError: where they aren't examples, or the task isn't one.
     """
     if not isinstance(task, Task):
-        raise ValueError(f"`task` must be a task, such as `GSM8K()`, got {task!r:.50}.")
+        raise ValueError(f"`task` must be a task, such as `GSM8K()`, with the methods {METHODS}, got {task!r:.50}.")
     examples = list(dataset)
     for example in examples:
         if not isinstance(example, Mapping):
