@@ -67,6 +67,13 @@ def test_save_and_load(linear, tmp_path):
     ]
 
 
+def test_what_no_judge_can_be_made_of(linear):
+    with pytest.raises(ValueError, match=r"`JudgeConfig`, got \{'judge_type'.*from_dict"):
+        AutoJudge.from_config(linear.config.to_dict())
+    with pytest.raises(ValueError, match=r"Unknown judge_type 'crystal'.*knows \['entropy', 'kl', 'linear'"):
+        AutoJudge.from_config(JudgeConfig(judge_type="crystal"))
+
+
 def test_no_machine_paths_in_config_and_card(linear, tmp_path):
     linear.save_pretrained(tmp_path)
     for name in ("config.json", "README.md"):
