@@ -50,7 +50,9 @@ class AutoJudge:
             ValueError: for an unknown `judge_type`, or what isn't a config.
         """
         if not isinstance(config, JudgeConfig):
-            raise ValueError(f"`config` must be a `JudgeConfig`, got {config!r:.50}. `JudgeConfig.from_dict` reads one.")
+            raise ValueError(
+                f"`config` must be a `JudgeConfig`, got {config!r:.50}. `JudgeConfig.from_dict` reads one."
+            )
         if config.judge_type not in JUDGES:
             raise ValueError(
                 f"Unknown judge_type {config.judge_type!r:.50}; autojudge_hf {__version__} knows {sorted(JUDGES)}. "

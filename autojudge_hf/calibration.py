@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import NormalDist
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from .configuration import public_name
-from .evaluation import check_names, evaluation_summary, rows_one_by_one
+from .configuration import checked_threshold, public_name
+from .evaluation import check_names, evaluation_summary, listed, rows_one_by_one
 from .tasks import Task
 
 
@@ -39,7 +39,7 @@ def calibrate_threshold(
     lossless: dict[str, Any] | None = None,
     dataset_name: str,
     split: str = "validation",
-    num_assistant_tokens: int | None = None,
+    num_assistant_tokens: int | Literal["adaptive"] | None = None,
     max_new_tokens: int,
     batch_size: int = 1,
 ) -> list[dict[str, Any]]:
@@ -73,13 +73,16 @@ def calibrate_threshold(
     Raises:
         ValueError: before any decoding, as `evaluate_judge`.
     """
-    thresholds = sorted(thresholds)
+    thresholds = sorted(checked_threshold(threshold, "thresholds") for threshold in listed(thresholds))
     if not thresholds:
         raise ValueError("Expected at least one of `thresholds` to try, got none.")
     if not isinstance(max_drops, Mapping) or not max_drops or not all(isinstance(name, str) for name in max_drops):
         raise ValueError(f"`max_drops` must map names to budgets, such as {{'1 point': 0.01}}, got {max_drops!r}.")
-    if wrong := [v for v in max_drops.values() if not isinstance(v, (int, float)) or not 0.0 <= v < 1.0]:
-        raise ValueError(f"Budgets are shares of all examples, 0.01 for 1 point; got {wrong} in `max_drops`.")
+    if wrong := [v for v in max_drops.values() if not isinstance(v, (int, float)) or not 0.0 < v < 1.0]:
+        raise ValueError(
+            f"Budgets are shares of all examples, 0.01 for 1 point; got {wrong} in `max_drops`. (No sample can be "
+            "sure of a drop of 0: for that there is `judge_threshold=0.0`.)"
+        )
     if not 0.5 <= confidence < 1.0:
         raise ValueError(f"`confidence` must be at least 0.5 and below 1, got {confidence!r}.")
     check_names(dataset_name=dataset_name, split=split)
@@ -92,7 +95,7 @@ def calibrate_threshold(
         )
     # With a drop of just the budget, so many may all keep their answers by luck.
     z = NormalDist().inv_cdf(confidence)
-    needed = {name: math.ceil(z**2 * (1 - budget) / budget) for name, budget in max_drops.items() if budget}
+    needed = {name: math.ceil(z**2 * (1 - budget) / budget) for name, budget in max_drops.items()}
     if few := {name: n for name, n in needed.items() if n > len(dataset)}:
         logger.warning(f"{len(dataset)} examples are too few to be {confidence:.1%} sure of a budget: it takes {few}.")
     options = {"thresholds": thresholds, "num_assistant_tokens": num_assistant_tokens, "lossless": lossless}

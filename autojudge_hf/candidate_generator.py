@@ -208,27 +208,23 @@ class FormerResponses(JudgeCandidateGenerator):
 
 
 class PromptLookup(CandidateGenerator):
-    """Drafts what followed the last tokens where they occurred before; `transformers`' generator, one for each row.
+    """Drafts what followed the last tokens where they occurred before, by `transformers`' generator, row by row.
 
     Args:
         model (`PreTrainedModel`): the target.
         generation_config (`GenerationConfig`): its `max_matching_ngram_size` and `max_length`.
-        num_rows (`int`): rows of the batch.
     """
 
     states = None
 
-    def __init__(self, model: PreTrainedModel, generation_config: GenerationConfig, num_rows: int):
+    def __init__(self, model: PreTrainedModel, generation_config: GenerationConfig):
         self.vocab_size = vocab_size(model)
-        self.generators = [
-            PromptLookupCandidateGenerator(
-                eos_token_id=generation_config._eos_token_tensor,
-                max_matching_ngram_size=generation_config.max_matching_ngram_size or 2,
-                max_length=generation_config.max_length,
-                vocab_size=self.vocab_size,
-            )
-            for _ in range(num_rows)
-        ]
+        self.of_a_row = PromptLookupCandidateGenerator(
+            eos_token_id=generation_config._eos_token_tensor,
+            max_matching_ngram_size=generation_config.max_matching_ngram_size or 2,
+            max_length=generation_config.max_length,
+            vocab_size=self.vocab_size,
+        )
         #: How many candidates of each row are real; the others are padding.
         self.lengths: list[int] = []
 
@@ -244,10 +240,10 @@ class PromptLookup(CandidateGenerator):
         A row's draft ends before a candidate that `process` forbids.
         """
         drafts = []
-        for j, generator in enumerate(self.generators):
-            tokens = input_ids[j] if attention_mask is None else input_ids[j, attention_mask[j].bool()]
-            generator.num_output_tokens = max_candidates
-            sequence, _ = generator.get_candidates(tokens[None])
+        self.of_a_row.num_output_tokens = max_candidates
+        for j, row in enumerate(input_ids):
+            tokens = row if attention_mask is None else row[attention_mask[j].bool()]
+            sequence, _ = self.of_a_row.get_candidates(tokens[None])
             drafts.append(sequence[0, len(tokens) :])
         self.lengths = [len(draft) for draft in drafts]
         padded = torch.nn.utils.rnn.pad_sequence(drafts, batch_first=True)
@@ -262,4 +258,4 @@ class PromptLookup(CandidateGenerator):
         """Holds nothing to forget."""
 
     def shrink(self, rows: Sequence[int], unneeded: int) -> None:
-        self.generators = [self.generators[j] for j in rows]
+        """Holds nothing to drop."""

@@ -8,17 +8,19 @@ import logging
 import numbers
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from .caches import CACHE_NAME, other_layers
-from .configuration import checked_threshold, decoding_settings, public_name
+from .configuration import checked_threshold, decoding_settings, is_same_name, public_name
 from .draft_length import ADAPTIVE, DEFAULT_DRAFT_LENGTH
 from .forward import forward_parameters, hidden_size, positions_of, vocab_size
 from .modeling import Judge
 
 
 if TYPE_CHECKING:
-    import torch
     from transformers import GenerationConfig, PreTrainedModel
     from transformers.generation.streamers import BaseStreamer
 
@@ -85,6 +87,8 @@ def checked_draft_length(
         default = assistant_model.generation_config.num_assistant_tokens or default
     elif prompt_lookup is not None:
         default = prompt_lookup
+    else:
+        default = generation_config.num_assistant_tokens or default
     if num_assistant_tokens == ADAPTIVE:
         return ADAPTIVE
     if num_assistant_tokens is None:
@@ -166,8 +170,7 @@ def _warn_of_another_pair(judge: Judge, model: PreTrainedModel, assistant_model:
         ("assistant", config.assistant_model_name_or_path, assistant_model),
     ):
         actual = public_name(part.config.name_or_path) if part is not None else None
-        # A local copy of "user/model" is called "model".
-        if trained and actual and trained.rsplit("/", 1)[-1] != actual.rsplit("/", 1)[-1]:
+        if trained and actual and not is_same_name(trained, actual):
             others.append(f"{role} {actual} (mined with {trained})")
     if others:
         warn_once(
@@ -230,6 +233,7 @@ def check_supported(
     reasons = {
         "encoder-decoder models": any(m.config.is_encoder_decoder for m in models),
         "stateful models, which can't take tokens back": any(m._is_stateful for m in models),
+        "models sharded by FSDP or ZeRO-3: ranks differ in their number of forwards": _is_sharded(models),
         "prompts padded on the right or within (set `padding_side='left'`)": is_padded_behind,
         "a cache with the new tokens alone (pass the whole text, what is cached included)": lacks_text,
         "`position_ids` of your own": not lacks_text
@@ -263,6 +267,12 @@ def check_supported(
         )
     if config.compile_config is not None and not is_static:
         warn_once("Only fixed shapes are compiled: `compile_config` needs `cache_implementation='static'`.")
+
+
+def _is_sharded(models: list[PreTrainedModel]) -> bool:
+    """Whether a forward waits for the other processes', for which `generate` turns `synced_gpus` on."""
+    is_sharded = is_deepspeed_zero3_enabled() or any(is_fsdp_managed_module(m) for m in models)
+    return is_sharded and torch.distributed.get_world_size() > 1
 
 
 def _has_own_positions(input_ids: torch.Tensor, mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> bool:

@@ -99,6 +99,11 @@ def public_name(name_or_path: str | None) -> str | None:
     return name_or_path if is_hub_id else path.name
 
 
+def is_same_name(first: str | None, second: str | None) -> bool:
+    """Whether two public names may be one model's: a local copy of "user/model" is called "model"."""
+    return first == second or bool(first and second and first.rsplit("/", 1)[-1] == second.rsplit("/", 1)[-1])
+
+
 @dataclass
 class JudgeConfig:
     """Configuration of a judge.
@@ -192,6 +197,11 @@ class JudgeConfig:
                 raise ValueError(
                     f"`{name}` is for {owner!r} judges, and a {self.judge_type!r:.50} one would ignore it."
                 )
+        if self.num_features and self.judge_type in set(DEFAULT_THRESHOLDS) - set(LEARNED):
+            raise ValueError(
+                f"Hidden states and logit features are for {list(LEARNED)} judges, and a {self.judge_type!r} one "
+                "would ignore them."
+            )
         if self.state_position not in STATE_POSITIONS:
             raise ValueError(
                 f"`state_position` must be one of {list(STATE_POSITIONS)}, got {self.state_position!r:.50}."

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,7 +40,7 @@ def evaluate_judge(
     judge: Judge,
     *,
     thresholds: Iterable[float | str],
-    num_assistant_tokens: int | None = None,
+    num_assistant_tokens: int | Literal["adaptive"] | None = None,
     max_new_tokens: int,
     batch_size: int = 1,
 ) -> list[dict[str, Any]]:
@@ -51,7 +50,7 @@ def evaluate_judge(
         model, assistant_model, tokenizer, dataset, task: as in `mine_mismatches`; `task.is_correct` grades.
         judge (`Judge`): the judge to measure.
         thresholds (`Iterable[float | str]`): values of `judge_threshold`, or their names in the judge's config.
-        num_assistant_tokens (`int`, *optional*): candidates per cycle, the lossless row's included.
+        num_assistant_tokens (`int` or `"adaptive"`, *optional*): candidates per cycle, the lossless row's included.
         max_new_tokens (`int`): limit of a response, in tokens.
         batch_size (`int`, *optional*, defaults to 1): prompts decoded at once.
 
@@ -87,7 +86,7 @@ def rows_one_by_one(
     if not settings["do_sample"]:
         settings["top_k"] = 50  # `generate`'s default: it warns of any other without sampling
     config = GenerationConfig(**settings)
-    values = [checked_judge(judge, threshold, model, assistant_model, config) for threshold in thresholds]
+    values = [checked_judge(judge, threshold, model, assistant_model, config) for threshold in listed(thresholds)]
     measure = functools.partial(measure_decoding, model, tokenizer, examples, task, **options)
     # Mining knows no stop strings either, which the model's own config may have.
     shared = {"assistant_model": assistant_model, **settings, "stop_strings": None, "return_dict_in_generate": True}
@@ -132,8 +131,12 @@ def measure_decoding(
         raise ValueError(f"`batch_size` must be an int of at least 1, got {batch_size!r}.")
     prompts = [task.prompt(example, tokenizer) for example in examples]
     for example in examples:
-        with contextlib.suppress(TypeError, AttributeError):  # that no answer is one
+        try:
             task.is_correct(example, None)  # fails now where the gold answer is missing
+        except (TypeError, AttributeError, KeyError) as error:
+            # That no answer isn't one says nothing.
+            if isinstance(error, KeyError) and error.args != (None,):
+                raise
     texts, num_tokens, num_forwards = ([None] * len(examples) for _ in range(3))
     accepted = rejected = seconds = 0
     is_counted = False
@@ -232,6 +235,12 @@ def evaluation_summary(
             }
         )
     return summary
+
+
+def listed(thresholds: Iterable[float | str]) -> list[float | str]:
+    if isinstance(thresholds, str) or not isinstance(thresholds, Iterable):
+        raise ValueError(f"`thresholds` must be a list, such as [0.05, 0.1], got {thresholds!r:.50}.")
+    return list(thresholds)
 
 
 def check_names(**names: Any) -> None:

@@ -120,7 +120,7 @@ def judge_decoding(
         target_head = at_end.enter_context(HeadInputs(model)) if judging.reads_target else None
         drafter = candidate_generator
         if drafter is None and assistant_model is None:
-            drafter = PromptLookup(model, generation_config, len(input_ids))
+            drafter = PromptLookup(model, generation_config)
         elif drafter is None:
             drafter = JudgeCandidateGenerator(
                 assistant_model,

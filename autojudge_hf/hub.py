@@ -67,7 +67,7 @@ def find_file(name_or_path: str | os.PathLike, filename: str, subfolder: str = "
         path = folder / subfolder / filename
         if not path.is_file():
             found = sorted(p.name for p in path.parent.glob("*"))
-            raise OSError(f"No {filename} in the judge folder {path.parent.name!r}, there is {found}.")
+            raise OSError(f"No {filename} in the judge folder {path.parent.resolve().name!r}, there is {found}.")
         return path
     if folder.is_absolute():
         raise OSError(f"There is no folder {folder.name!r}: expected one that a judge's `save_pretrained` wrote.")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -180,11 +180,11 @@ class MinedExamples:
             finished[_example_id(path)] = FinishedExample(json.loads(about[b"counts"]), skipped, failed)
         return finished
 
-    def dataset(self) -> datasets.Dataset:
+    def dataset(self, finished: Mapping[int, FinishedExample]) -> datasets.Dataset:
         """All finished examples' rows; of a folder, they stay on disk."""
         import datasets
 
-        with_rows = [i for i, example in self.finished().items() if example.counts.get("mismatches")]
+        with_rows = [i for i, example in finished.items() if example.counts.get("mismatches")]
         if self.folder is None or not with_rows:
             return to_dataset([row for i in with_rows for row in self._kept[i].rows], self.pair)
         paths = [str(self._path(i)) for i in with_rows]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .configuration import JudgeConfig, public_name
+from .configuration import JudgeConfig, is_same_name, public_name
 from .features import judge_inputs
 from .forward import Pass, hidden_size, of_vocabulary
 from .mined_examples import pair_of, to_dataset
@@ -68,7 +68,7 @@ def compute_features(
     given = {"target": model} if assistant_model is None else {"target": model, "assistant": assistant_model}
     for role, its_model in given.items():
         mined, now = pair[role], described(its_model)
-        if any(mined[name] != now[name] for name in ("name", "hidden_size")):
+        if not is_same_name(mined["name"], now["name"]) or mined["hidden_size"] != now["hidden_size"]:
             raise ValueError(
                 f"The rows were mined with the {role} {mined['name']} of width {mined['hidden_size']}, got "
                 f"{now['name']} of width {now['hidden_size']}. Pass the pair that was mined."

@@ -108,8 +108,8 @@ def mine_mismatches(
             raise ValueError(f"`{name}` must be an int of at least 1, got {value!r}.")
     if features_dtype not in (*FEATURES_DTYPES, None):
         raise ValueError(f"`features_dtype` must be one of {[*FEATURES_DTYPES, None]}, got {features_dtype!r}.")
-    if not isinstance(seed, int):
-        raise ValueError(f"`seed` must be an int, got {seed!r:.50}.")
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"`seed` must be an int of 64 bits, got {seed!r:.50}.")
     if not isinstance(temperature, (int, float)) or not 0.0 <= temperature < math.inf:
         raise ValueError(f"`temperature` must be 0 (greedy) or a positive number, got {temperature!r}.")
     examples = checked_examples(dataset, task)
@@ -180,7 +180,8 @@ def mine_mismatches(
                 progress.update()
         state.wait_for_everyone()
         with state.main_process_first():
-            finished, mined = store.finished(), store.dataset()
+            finished = store.finished()
+            mined = store.dataset(finished)
     finally:
         hook.remove()
         store.close()

@@ -46,7 +46,7 @@ class Prefixes:
         cache = rewindable_cache(self.model)
         if columns > num_new:
             kept = [(self._cached[i][1], max(0, len(tokens) - num_new)) for i, tokens in texts.items()]
-            for layer in range(len(cache.layers)):
+            for layer in range(len(kept[0][0])):
                 keys, values = (
                     torch.cat([_padded(states[layer][kind][:, :, :n], columns - num_new) for states, n in kept])
                     for kind in (0, 1)
@@ -63,9 +63,10 @@ class Prefixes:
         new = input_ids[:, cache.get_seq_length() :].clamp(max=vocab_size(self.model) - 1)
         with HeadInputs(self.model) as head:
             outputs = cached_forward(self.model, new, cache, mask, num_last, head if output_states else None)
+        layers = [layer for layer in cache.layers if layer.is_initialized]  # BART has fewer than its config says
         for row, (name, tokens) in enumerate(texts.items()):
             here = slice(row, row + 1), slice(None), slice(input_ids.shape[1] - len(tokens), None)
-            self._cached[name] = list(tokens), [(layer.keys[here], layer.values[here]) for layer in cache.layers]
+            self._cached[name] = list(tokens), [(layer.keys[here], layer.values[here]) for layer in layers]
         return outputs
 
     def _num_shared(self, name: int, tokens: list[int], num_last: int) -> int:

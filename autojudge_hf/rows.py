@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
 
 import torch
@@ -182,15 +183,16 @@ class RowProcessors:
 
 def _numbered(processor: LogitsProcessor, row: int) -> LogitsProcessor:
     """The processor for a row on its own, which would otherwise count as row 0 of the batch."""
+    numbered = copy.copy(processor)
     if isinstance(processor, PrefixConstrainedLogitsProcessor):
         allowed = processor._prefix_allowed_tokens_fn
-        return PrefixConstrainedLogitsProcessor(lambda _, tokens: allowed(row, tokens), processor._num_beams)
-    if isinstance(processor, RepetitionPenaltyLogitsProcessor):
-        ignored = processor.prompt_ignore_length
-        if isinstance(ignored, torch.Tensor):
-            ignored = ignored[row : row + 1]
-        return RepetitionPenaltyLogitsProcessor(processor.penalty, ignored)
-    return processor
+        numbered._prefix_allowed_tokens_fn = lambda _, tokens: allowed(row, tokens)
+    elif isinstance(processor, RepetitionPenaltyLogitsProcessor):
+        if isinstance(processor.prompt_ignore_length, torch.Tensor):
+            numbered.prompt_ignore_length = processor.prompt_ignore_length[row : row + 1]
+    else:
+        return processor
+    return numbered
 
 
 class MaxRowLengths(StoppingCriteria):

@@ -319,5 +319,6 @@ class GumbelNoise(LogitsProcessor):
     def _noise(self, tokens: list[int], size: int) -> np.ndarray:
         # A batch is padded at the front with zeros, which mustn't matter.
         start = next((n for n, token in enumerate(tokens) if token != 0), 0)
-        key = hashlib.blake2b(np.array([self.seed, *tokens[start:]]).tobytes(), digest_size=16).digest()
+        text = np.array([self.seed, *tokens[start:]], dtype=np.int64)
+        key = hashlib.blake2b(text.tobytes(), digest_size=16).digest()
         return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).gumbel(size=size)

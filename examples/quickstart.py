@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import time
 from pathlib import Path
 
 import torch
 from benchmark import assistant_settings
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from embedded_pair import MAX_NEW_TOKENS, load_pair, read_problems
 
 from autojudge_hf import (
     AutoJudge,
@@ -30,15 +29,8 @@ from autojudge_hf.evaluation import highlight_accepted, measure_decoding
 from autojudge_hf.tasks import GSM8K
 
 
-PAIR = Path(__file__).parent / "tiny_pair"
-MAX_NEW_TOKENS = 320
 THRESHOLDS = (0.03, 0.06, 0.1, 0.2)
 DATASET = "word problems of the embedded pair"
-
-
-def read(name: str, n: int) -> list[dict]:
-    with open(PAIR / f"gsm8k_{name}.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for _, line in zip(range(n), file)]
 
 
 def main() -> None:
@@ -56,10 +48,7 @@ def main() -> None:
     torch.set_num_threads(2)
     torch.manual_seed(0)
 
-    tokenizer = AutoTokenizer.from_pretrained(PAIR / "target")
-    model, draft = (
-        AutoModelForCausalLM.from_pretrained(PAIR / role, dtype=torch.float32).eval() for role in ("target", "draft")
-    )
+    model, draft, tokenizer = load_pair()
     task = GSM8K()
 
     print("1. Mine: where do the two models differ, and which differences change the answer?")
@@ -67,7 +56,7 @@ def main() -> None:
         model,
         draft,
         tokenizer,
-        read("train", args.num_mined),
+        read_problems("train", args.num_mined),
         task,
         max_new_tokens=MAX_NEW_TOKENS,
         num_assistant_tokens=8,
@@ -89,7 +78,7 @@ def main() -> None:
         model,
         draft,
         tokenizer,
-        read("validation", args.num_validation),
+        read_problems("validation", args.num_validation),
         task,
         judge,
         thresholds=THRESHOLDS,
@@ -104,7 +93,7 @@ def main() -> None:
     print(f"   threshold {judge.config.threshold:.3g}")
 
     print(f"4. Decode {args.num_test} problems that nothing was chosen on, draft length {args.num_assistant_tokens}")
-    problems = read("test", args.num_test)
+    problems = read_problems("test", args.num_test)
     assisted = {"assistant_model": draft, "do_sample": False}
     ours = {**assisted, "return_dict_in_generate": True}
     lossless = functools.partial(judge_decoding, assistant_model=draft, num_assistant_tokens=args.num_assistant_tokens)

@@ -44,7 +44,7 @@ def stream(num_rows, width):
             store.save(example, MinedExample(rows))
             peak = max(peak, allocated())
         expected = 0
-        for batch in store.dataset().with_format("numpy").iter(batch_size=500):
+        for batch in store.dataset(store.finished()).with_format("numpy").iter(batch_size=500):
             numbers = np.arange(expected, expected + len(batch["position"]))
             if not (batch["features"] == numbers[:, None]).all() or not (batch["position"] == numbers).all():
                 return False, 0

@@ -3,6 +3,8 @@
 
 import functools
 import itertools
+import math
+import threading
 
 import pytest
 import reference
@@ -95,6 +97,39 @@ def test_early_exit_states_can_be_judged(random_pair):
     early = model.generate(PROMPT, assistant_early_exit=1, num_assistant_tokens=4, **options)
     twin = model.generate(PROMPT, assistant_model=first_layers(model, 1), num_assistant_tokens=4, **options)
     assert torch.equal(early, twin)
+
+
+def test_early_exit_calls_the_callers_own_hooks(random_pair):
+    """As in stock `generate`: they see every forward, the draft's too, and may be what can't be copied."""
+
+    class Counter:
+        def __init__(self):
+            self.lock, self.count = threading.Lock(), 0
+
+        def __call__(self, *args):
+            with self.lock:
+                self.count += 1
+
+    model, _ = random_pair
+    on_model, on_layer = Counter(), Counter()
+    hooks = model.register_forward_pre_hook(on_model), model.model.layers[0].register_forward_hook(on_layer)
+    try:
+        options = {"do_sample": False, "max_new_tokens": 20, "return_dict_in_generate": True}
+        custom = functools.partial(judge_decoding, num_assistant_tokens=3)
+        output = model.generate(PROMPT, assistant_early_exit=1, custom_generate=custom, **options)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert on_model.count == on_layer.count > output.num_target_forwards.item() + output.num_candidates.item() - 3
+
+
+def test_early_exit_drafts_what_the_models_config_says(random_pair, top_k, monkeypatch):
+    model, _ = random_pair
+    monkeypatch.setattr(model.generation_config, "num_assistant_tokens", 3)
+    options = {"max_new_tokens": 30, "return_dict_in_generate": True, "judge_threshold": 1.0}
+    output = model.generate(PROMPT, assistant_early_exit=1, judge=top_k, **options)
+    assert output.num_candidates.item() == 29 - output.num_target_forwards.item()
+    assert output.num_target_forwards.item() == math.ceil(29 / 4)
 
 
 # Adaptive draft length

@@ -168,8 +168,16 @@ def test_a_task_that_fails_on_an_example_costs_that_example(pair, tokenizer, top
         def is_correct(self, example, answer):
             return abs(answer - 1) < 0.5
 
-    numbers = measure_decoding(pair[0], tokenizer, EXAMPLES, OfNumbers(), "alone", do_sample=False, max_new_tokens=3)
-    assert numbers["correct"] == [True, False, True] and "OfNumbers" not in caplog.text
+    class OfNames(OfNumbers):
+        def is_correct(self, example, answer):
+            return {1: True}[answer]
+
+    for task in (OfNumbers(), OfNames()):
+        options = {"do_sample": False, "max_new_tokens": 3}
+        row = measure_decoding(pair[0], tokenizer, EXAMPLES, task, "of numbers", **options)
+        assert row["correct"] == [True, False, True] and "of numbers" not in caplog.text
+    with pytest.raises(KeyError, match="even"):  # what a task needs is asked for before anything is decoded
+        measure_decoding(pair[0], tokenizer, [{"text": "?"}], EvenLength(), "of numbers", **options)
 
 
 def test_stop_strings_of_the_models_own_are_left_out(pair, tokenizer, top_k):
@@ -198,6 +206,9 @@ def test_what_is_no_dataset_and_no_task(pair, tokenizer, top_k):
     for no_task, name in ((EvenLength, "<class"), ("gsm8k", "'gsm8k'"), (promptless, "<.*Promptless")):
         with pytest.raises(ValueError, match=f"`task` must be a task, such as `GSM8K.*'is_correct'.*got {name}"):
             measure(dataset=EXAMPLES, task=no_task)
+    for wrong in (0.5, "5 points"):
+        with pytest.raises(ValueError, match=rf"`thresholds` must be a list, such as .*got {wrong!r}"):
+            measure(dataset=EXAMPLES, task=EvenLength(), thresholds=wrong)
     rows = measure(dataset=EXAMPLES, task=EvenLength())
     for wrong in ({"dataset": None, "split": "test"}, {"dataset": "made-up", "split": 3}):
         with pytest.raises(ValueError, match="must be a name, for the judge's card"):

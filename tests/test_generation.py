@@ -23,6 +23,7 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
     MaxLengthCriteria,
+    RepetitionPenaltyLogitsProcessor,
     StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -35,7 +36,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 import autojudge_hf.adapter
-from autojudge_hf import AutoJudge, JudgeConfig, JudgeDecoderOnlyOutput, judge_decoding
+from autojudge_hf import AutoJudge, JudgeConfig, JudgeDecoderOnlyOutput, checks, judge_decoding
 from autojudge_hf.caches import CACHE_NAME, shrink
 from autojudge_hf.features import judge_inputs
 from autojudge_hf.outputs import COUNTS
@@ -797,6 +798,22 @@ def test_other_wrappers_around_generate(random_pair, top_k, monkeypatch):
     assert GenerationMixin.generate is not of_before and GenerationMixin.generate.__wrapped__ is original
 
 
+class Stubborn(RepetitionPenaltyLogitsProcessor):
+    """A user's own, of a class that is known."""
+
+    def __call__(self, input_ids, scores):
+        return super().__call__(input_ids, scores).index_fill(1, torch.tensor([3, 5, 9]), -1e4)
+
+
+def test_subclasses_of_processors_stay_what_they_are(random_pair, top_k):
+    model, assistant = random_pair
+    options = {"max_new_tokens": 30, "do_sample": False, "logits_processor": LogitsProcessorList([Stubborn(1.3)])}
+    expected = model.generate(**left_padded([[3, 4, 5], [6]]), **options)
+    options |= {"assistant_model": assistant, "judge": top_k, "judge_threshold": 0.0}
+    assert torch.equal(model.generate(**left_padded([[3, 4, 5], [6]]), **options), expected)
+    assert not torch.isin(expected[:, 3:], torch.tensor([3, 5, 9])).any()
+
+
 def test_without_judge_the_original_runs(random_pair, monkeypatch):
     model, assistant = random_pair
     monkeypatch.setattr(autojudge_hf.adapter, "judge_decoding", None)
@@ -865,6 +882,15 @@ def test_models_that_are_refused(random_pair, top_k, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(ValueError, match=message):
             patch.setattr(torch.nn.Module, "__call__", lambda *args, **kwargs: pytest.fail("a module ran"))
             target.generate(PROMPT, max_new_tokens=5, assistant_model=assistant, judge=top_k)
+
+
+def test_sharded_models_are_refused(random_pair, top_k, monkeypatch):
+    """Every forward would wait for the other processes', which need another number of them."""
+    model, assistant = random_pair
+    monkeypatch.setattr(checks, "is_fsdp_managed_module", lambda m: m is assistant)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="FSDP or ZeRO-3"):
+        model.generate(PROMPT, max_new_tokens=5, assistant_model=assistant, judge=top_k)
 
 
 def test_caches_that_are_refused(random_pair, top_k):

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import MAX_NEW_TOKENS, random_llama, similar_model
+from conftest import MAX_NEW_TOKENS, random_llama, scaled_up, similar_model
 from kill_mining import survives
 from test_architectures import random_model
-from transformers import LogitsProcessorList
+from transformers import BartConfig, BartForCausalLM, LogitsProcessorList
 
 from autojudge_hf import (
     JudgeConfig,
@@ -288,6 +288,21 @@ def test_algorithm_1_behind_sliding_windows(family):
     assert len(expected) > 10 and [(r["example_id"], *f) for r, f in zip(mined, found(mined))] == expected
 
 
+def test_algorithm_1_on_a_model_that_lacks_layers():
+    """BART's config counts its encoder's."""
+    sizes = {"d_model": 32, "decoder_layers": 2, "encoder_layers": 5, "decoder_attention_heads": 2, "vocab_size": 32}
+    sizes |= {"decoder_ffn_dim": 64, "is_encoder_decoder": False, "is_decoder": True, "forced_eos_token_id": None}
+    config = BartConfig(**sizes, bos_token_id=0, eos_token_id=None, pad_token_id=0)
+    torch.manual_seed(0)
+    model, assistant = (scaled_up(BartForCausalLM(config).eval()) for _ in range(2))
+    task, expected = LastTokens(EXAMPLES), []
+    for example in EXAMPLES[:3]:
+        prompt = NumberTokenizer().encode(example["text"], False)
+        expected += reference.algorithm_1(model, assistant, NumberTokenizer(), task, prompt, 24, ())
+    mined = mine_random((model, assistant), EXAMPLES[:3], batch_size=1)
+    assert len(expected) > 5 and found(mined) == [tuple(row) for row in expected]
+
+
 def test_examples_in_flight_change_nothing(random_pair):
     examples = [{"text": f"3 {i} 15 {i // 2} {(i * 5) % 32}"} for i in range(30)]
     rows = [mine_random(random_pair, examples, batch_size=batch_size) for batch_size in (1, 4, 16)]
@@ -336,6 +351,13 @@ def test_gumbel_noise_draws_from_the_softmax():
     draws = torch.stack([GumbelNoise(0.8, seed)(tokens, logits)[0].argmax() for seed in range(13_000)])
     p = reference.chi_square_p(draws.bincount(minlength=5), (logits[0].double() / 0.8).softmax(0))
     assert p > reference.NOT_CHANCE
+
+
+def test_seeds_that_no_noise_follows_from(random_pair):
+    mine_random(random_pair, EXAMPLES[:1], temperature=0.7, seed=2**63 - 1)
+    for seed in (2**63, 1.5):
+        with pytest.raises(ValueError, match="`seed` must be an int of 64 bits"):
+            mine_random(random_pair, EXAMPLES[:1], temperature=0.7, seed=seed)
 
 
 def test_gumbel_noise_knows_the_tokens_and_no_padding():
@@ -445,6 +467,10 @@ def test_features_of_another_pair_are_refused(random_pair):
     other.config.name_or_path = "org/other"
     with pytest.raises(ValueError, match="got org/other of width 32"):
         compute_features(mined, other)
+    # From a folder it's the same model.
+    from_hub = mine_random((other, random_pair[1]), EXAMPLES[:2], features_dtype=None)
+    other.config.name_or_path = "/models/other"
+    assert json.loads(compute_features(from_hub, other)[0]["pair"])["target"]["name"] == "other"
     with pytest.raises(ValueError, match="features_dtype.*int8"):
         compute_features(mined, random_pair[0], features_dtype="int8")
 

@@ -196,6 +196,10 @@ def test_the_picture_shows_these_numbers(config, tmp_path):
     assert drawn == digest(JudgeCard(config, "x").curves())
     config.evaluation[1]["accuracy"] += 0.01
     assert drawn != digest(JudgeCard(config, "x").curves())
+    # One that was never evaluated has none, in the same folder either.
+    config.evaluation = []
+    judge_of(config).save_pretrained(tmp_path)
+    assert not (tmp_path / "trade_off.png").exists()
 
 
 def test_stored_cards_are_fresh(tmp_path):

@@ -72,6 +72,9 @@ def test_what_no_judge_can_be_made_of(linear):
         AutoJudge.from_config(linear.config.to_dict())
     with pytest.raises(ValueError, match=r"Unknown judge_type 'crystal'.*knows \['entropy', 'kl', 'linear'"):
         AutoJudge.from_config(JudgeConfig(judge_type="crystal"))
+    for ignored in ({"hidden_size": 4}, {"assistant_hidden_size": 4}, {"assistant_logit_features": True}):
+        with pytest.raises(ValueError, match=r"\['linear', 'mlp'\] judges, and a 'margin' one would ignore them"):
+            JudgeConfig(judge_type="margin", **ignored)
 
 
 def test_no_machine_paths_in_config_and_card(linear, tmp_path):

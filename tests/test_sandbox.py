@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attacks on the sandbox: each is contained, the grader goes on, and nothing is left behind."""
 
+import functools
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -310,6 +312,17 @@ def test_without_namespaces_a_warning_says_what_is_open(monkeypatch, caplog):
         assert sandbox._mechanism.__wrapped__() == "limits"
     (record,) = caplog.records
     assert "network" in record.message and "bubblewrap" in record.message
+
+
+def test_programs_of_one_batch_look_once(monkeypatch, caplog):
+    """And so warn once, if there is something to warn of."""
+    monkeypatch.setattr(shutil, "which", lambda name: time.sleep(0.1))
+    monkeypatch.setattr(sandbox, "_mechanism", functools.cache(sandbox._mechanism.__wrapped__))
+    monkeypatch.setattr(sandbox, "_run", lambda mechanism, *args: [{"mechanism": mechanism}])
+    with ThreadPoolExecutor(4) as workers:
+        answers = list(workers.map(lambda _: [*sandbox.run_isolated("", None, 1)], range(4)))
+    assert answers == [[{"mechanism": "limits"}]] * 4
+    assert len(caplog.records) == 1
 
 
 def test_a_sandbox_that_cannot_be_set_up_says_so(monkeypatch):

@@ -28,6 +28,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,7 @@ PROBE = "import random\ndef main(request, emit, worker): emit({'status': worker(
 #: A user of its own for every sandbox of root's, since limits on processes count per user: drawn from numbers that no
 #: system gives away, since other processes grade, too.
 UIDS = range(0x7000_0000, 0x8000_0000)
+_looking = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +100,9 @@ def run_isolated(
     Raises:
         RuntimeError: if the sandbox can't be set up.
     """
-    yield from _run(_mechanism(), driver, request, num_results, limits or Limits())
+    with _looking:  # or the first programs of a batch would each look on their own
+        mechanism = _mechanism()
+    yield from _run(mechanism, driver, request, num_results, limits or Limits())
 
 
 @functools.cache
