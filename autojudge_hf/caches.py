@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
 
+#: Holds nothing: its layer reads the keys and values of one before (Gemma 3n and 4). Younger than the oldest
+#: transformers this runs on, where such layers have no place in a cache.
+LayerOfAnother: type | None = getattr(cache_utils, "DummyLayer", None)
 # What `generate` calls a cache: `past_key_values` until transformers 5.23.
 CACHE_NAME = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 
@@ -85,7 +89,7 @@ class FixedCache(StaticCache):
         self.tokens = torch.zeros_like(self.mask)
         for tensor in (self.start, self.mask, self.tokens):
             torch._dynamo.mark_static_address(tensor)
-        self.layers = [FixedLayer(max_length, self.start) for _ in self.layers]
+        self.layers = [x if type(x) is LayerOfAnother else FixedLayer(max_length, self.start) for x in self.layers]
         self.num_rows, self.max_length = num_rows, max_length
         self.made_for, self.is_inference = _made_for(model), torch.is_inference_mode_enabled()
         #: Tokens cached, on the host, and in how many rows.
@@ -143,10 +147,9 @@ class FixedCache(StaticCache):
     def clear(self) -> None:
         """Holds nothing: not even what isn't finite, which a mask doesn't hide."""
         self.length = 0
-        for layer in self.layers:
-            if layer.is_initialized:
-                layer.keys.zero_()
-                layer.values.zero_()
+        for layer in filled_layers(self):
+            layer.keys.zero_()
+            layer.values.zero_()
 
 
 #: What outlives the call, newest last: the addresses are in the captured graphs, which for other ones are made anew.
@@ -220,8 +223,10 @@ def _made_for(model: PreTrainedModel) -> tuple:
 
 
 def _has_fixed_shapes(model: PreTrainedModel) -> bool:
+    if model.device.type == "meta":  # offloaded whole
+        return False
     layers = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=1).layers
-    is_attention = all(type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in layers)
+    is_attention = all(type(x) in (StaticLayer, StaticSlidingWindowLayer, LayerOfAnother) for x in layers)
     devices = set(getattr(model, "hf_device_map", {"": 0}).values())
     # Others take the mask to end with the newest token.
     reads_masks = model.config._attn_implementation in ("sdpa", "eager")
@@ -253,8 +258,13 @@ def rewindable_cache(model: PreTrainedModel) -> DynamicCache:
 
 def other_layers(cache: Cache) -> list[str]:
     """Kinds of the cache's layers that aren't attention's, whose rows can't take different numbers of tokens back."""
-    attention = (DynamicLayer, DynamicSlidingWindowLayer)
+    attention = (DynamicLayer, DynamicSlidingWindowLayer, LayerOfAnother)
     return sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in attention})
+
+
+def filled_layers(cache: Cache) -> list[DynamicLayer | StaticLayer]:
+    """Those that hold keys and values; some models have fewer than their config says (BART)."""
+    return [layer for layer in cache.layers if layer.keys is not None]
 
 
 def rewind(cache: Cache, removed: Sequence[int]) -> None:
@@ -277,9 +287,7 @@ def rewind(cache: Cache, removed: Sequence[int]) -> None:
             _, heads, n, d = x.shape
             return x.reshape(-1, d).index_select(0, sources(heads, n, x.device)).view_as(x)
 
-        for layer in cache.layers:
-            if not layer.is_initialized:  # some models have fewer layers than their config says (BART)
-                continue
+        for layer in filled_layers(cache):
             if isinstance(cache, FixedCache):
                 for x in (layer.keys, layer.values):
                     held = x[: len(removed), :, : cache.length]
@@ -294,11 +302,10 @@ def leave_behind(cache: Cache, length: int) -> None:
 
     It holds more where a call was broken off, in some of its layers if that was in a forward.
     """
-    for layer in cache.layers:
-        if layer.get_seq_length() > 0:
-            if (excess := layer.get_seq_length() - length) > 0:
-                layer.crop(-excess)
-            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+    for layer in filled_layers(cache):
+        if (excess := layer.get_seq_length() - length) > 0:
+            layer.crop(-excess)
+        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
 
 
 def shrink(cache: Cache, rows: Sequence[int], num_columns: int) -> None:
@@ -307,14 +314,13 @@ def shrink(cache: Cache, rows: Sequence[int], num_columns: int) -> None:
     if isinstance(cache, FixedCache):
         _shrink_fixed(cache, rows, num_columns)
         return
-    for layer in cache.layers:
-        if layer.get_seq_length() > 0:
-            if len(rows) < layer.keys.shape[0]:
-                layer.batch_select_indices(torch.tensor(rows, device=layer.keys.device))
-            first = max(0, layer.keys.shape[2] - num_columns)
-            layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
-            if isinstance(layer, DynamicSlidingWindowLayer):
-                layer.cumulative_length = num_columns
+    for layer in filled_layers(cache):
+        if len(rows) < layer.keys.shape[0]:
+            layer.batch_select_indices(torch.tensor(rows, device=layer.keys.device))
+        first = max(0, layer.keys.shape[2] - num_columns)
+        layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length = num_columns
 
 
 def _shrink_fixed(cache: FixedCache, rows: Sequence[int], num_columns: int) -> None:
@@ -324,7 +330,7 @@ def _shrink_fixed(cache: FixedCache, rows: Sequence[int], num_columns: int) -> N
         return
     device = cache.start.device
     kept = slice(cache.rows) if len(rows) == cache.rows else torch.tensor(rows, device=device)
-    for layer in cache.layers if cache.length else ():
+    for layer in filled_layers(cache) if cache.length else ():
         for x in (layer.keys, layer.values):
             x[: len(rows), :, : cache.length - first] = x[kept, :, first : cache.length].clone()
     cache.rows, cache.length = len(rows), cache.length - first

@@ -11,7 +11,7 @@ from transformers.generation import CandidateGenerator
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from .caches import FixedCache, num_cached, rewind, rewindable_cache, shrink
-from .forward import HeadInputs, cached_forward, fixed_draft, of_vocabulary, vocab_size
+from .forward import HeadInputs, cached_forward, fixed_draft, input_device, of_vocabulary, vocab_size
 
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class JudgeCandidateGenerator(CandidateGenerator):
         #: How many candidates of each row are real; `None`: all of them.
         self.lengths: list[int] | None = None
         self._length = num_cached(self.cache)
-        self._device = assistant_model.device
+        self._device = input_device(assistant_model)
 
     def get_candidates(
         self,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import logging
 import numbers
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 from .caches import CACHE_NAME, other_layers
 from .configuration import checked_threshold, decoding_settings, is_same_name, public_name
 from .draft_length import ADAPTIVE, DEFAULT_DRAFT_LENGTH
-from .forward import forward_parameters, hidden_size, positions_of, vocab_size
+from .forward import hidden_size, positions_of, takes_caches, takes_positions, vocab_size
 from .modeling import Judge
 
 
@@ -59,10 +60,11 @@ NEVER_MINED = {
     "min_length": 0,
     "min_new_tokens": 0,
 }
-# These reckon positions from the mask, or from distances alone.
-ALIBI = ("bloom", "mpt")
-# XLM and CPM-Ant add tokens that nobody passes; Moshi forgets what leaves its window, and its mask doesn't say so.
-UNLIKE_THEIR_TEXT = ("xlm", "flaubert", "cpmant", "moshi")
+# XLM and CPM-Ant add tokens that nobody passes, GIT those of an image where there is a mask; Moshi forgets what leaves
+# its window, and its mask doesn't say so; ProphetNet reads one new token at a time; Dory adds layers to its cache.
+UNLIKE_THEIR_TEXT = ("xlm", "flaubert", "cpmant", "git", "moshi", "prophetnet", "dory")
+# These say that they aren't decoders, and are.
+DECODERS_ANYWAY = ("gpt_neox", "gpt_neox_japanese")
 
 
 def checked_draft_length(
@@ -219,10 +221,7 @@ def check_supported(
     is_static = generation_config.cache_implementation == "static" and type(cache) is StaticCache
     known = {CACHE_NAME, "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
     known |= {"output_hidden_states", "output_attentions"}  # also in the config, which is what counts
-    # Models of images get an empty dict of them with a text.
-    other = sorted(
-        k for k, v in model_kwargs.items() if not (v is None or k in known or (isinstance(v, dict) and not v))
-    )
+    other = sorted(k for k, v in model_kwargs.items() if k not in known and not _says_nothing(k, v, model))
     config = generation_config
     drafters = {
         "assistant_model": assistant_model,
@@ -231,9 +230,7 @@ def check_supported(
     }
     given = [name for name, value in drafters.items() if value is not None]
     reasons = {
-        "encoder-decoder models": any(m.config.is_encoder_decoder for m in models),
-        "stateful models, which can't take tokens back": any(m._is_stateful for m in models),
-        "models sharded by FSDP or ZeRO-3: ranks differ in their number of forwards": _is_sharded(models),
+        **_reasons_of_models(models),
         "prompts padded on the right or within (set `padding_side='left'`)": is_padded_behind,
         "a cache with the new tokens alone (pass the whole text, what is cached included)": lacks_text,
         "`position_ids` of your own": not lacks_text
@@ -241,11 +238,10 @@ def check_supported(
         "texts that grow past the length at which RoPE changes (LongRoPE, dynamic NTK)": _outgrows_rope(
             model, input_ids, mask, config
         ),
-        "models whose forward isn't of the text alone": any(m.config.model_type in UNLIKE_THEIR_TEXT for m in models),
         "batches of models whose `forward` takes no `position_ids`": len(input_ids) > 1
-        and not all("position_ids" in forward_parameters(m) or m.config.model_type in ALIBI for m in models),
+        and not all(map(takes_positions, models)),
         "streamers with several prompts": len(input_ids) > 1 and streamer is not None,
-        "`use_cache=False`": cache is None,
+        "`use_cache=False`, or a model that has no cache": cache is None,
         f"the cache {type(cache).__name__}": not is_static and cache is not None and type(cache) is not DynamicCache,
         f"the cache's {', '.join(layers)}": bool(layers),
         "offloaded caches": bool(getattr(cache, "offloading", False)),
@@ -253,12 +249,9 @@ def check_supported(
         f"two drafters at once ({', '.join(given)})": len(given) > 1,
         f"the model inputs {other}": bool(other),
     }
-    refused = [reason for reason, applies in reasons.items() if applies]
     for name, (off, reason) in REFUSED_SETTINGS.items():
-        if getattr(config, name, None) not in (None, off):
-            refused.append(reason)
-    if refused:
-        raise ValueError("Judge decoding doesn't support: " + "; ".join(refused) + ".")
+        reasons[reason] = getattr(config, name, None) not in (None, off)
+    _refuse(reasons)
     if assistant_model is not None and abs(vocab_size(model) - vocab_size(assistant_model)) > LARGEST_PADDING:
         raise ValueError(
             f"The models have different vocabularies: {vocab_size(model)} tokens in the target's, "
@@ -269,7 +262,39 @@ def check_supported(
         warn_once("Only fixed shapes are compiled: `compile_config` needs `cache_implementation='static'`.")
 
 
-def _is_sharded(models: list[PreTrainedModel]) -> bool:
+def check_models(*models: PreTrainedModel) -> None:
+    """Raises one `ValueError` for models that judge decoding can't do, whatever the call."""
+    _refuse(_reasons_of_models(models))
+
+
+def _reasons_of_models(models: Sequence[PreTrainedModel]) -> dict[str, bool]:
+    return {
+        "encoder-decoder models": any(m.config.is_encoder_decoder for m in models),
+        "stateful models, which can't take tokens back": any(m._is_stateful for m in models),
+        "models sharded by FSDP or ZeRO-3: ranks differ in their number of forwards": _is_sharded(models),
+        "encoders, which see what follows (for a decoder, set `is_decoder=True` in its config)": any(
+            getattr(m.config, "is_decoder", True) is False and m.config.model_type not in DECODERS_ANYWAY
+            for m in models
+        ),
+        "models whose forward takes no cache of keys and values": not all(map(takes_caches, models)),
+        "models whose forward isn't of the text alone": any(m.config.model_type in UNLIKE_THEIR_TEXT for m in models),
+    }
+
+
+def _refuse(reasons: dict[str, bool]) -> None:
+    if refused := [reason for reason, applies in reasons.items() if applies]:
+        raise ValueError("Judge decoding doesn't support: " + "; ".join(refused) + ".")
+
+
+def _says_nothing(name: str, value: Any, model: PreTrainedModel) -> bool:
+    """Models of images get an empty dict of them with a text, and types of tokens that are all a text's."""
+    is_of_types = name == "mm_token_type_ids" or (name == "token_type_ids" and model.config.model_type == "gemma3")
+    if is_of_types and isinstance(value, torch.Tensor):
+        return not value.any()
+    return value is None or (isinstance(value, dict) and not value)
+
+
+def _is_sharded(models: Sequence[PreTrainedModel]) -> bool:
     """Whether a forward waits for the other processes', for which `generate` turns `synced_gpus` on."""
     is_sharded = is_deepspeed_zero3_enabled() or any(is_fsdp_managed_module(m) for m in models)
     return is_sharded and torch.distributed.get_world_size() > 1

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from .checks import check_is_judge, checked_judge
 from .draft_length import clock
 from .features import of_candidates
-from .forward import eos_token_ids
+from .forward import eos_token_ids, input_device
 from .generation import JudgeDecoderOnlyOutput, judge_decoding
 from .rows import left_padded
 from .tasks.task import Task, answers_or_errors, checked_examples
@@ -270,7 +270,7 @@ def highlight_accepted(
     One forward of the target over the whole sequence of shape `(length,)`; in a judged response these tokens are the
     mismatches that the judge accepted. Colours are ANSI codes, for a terminal.
     """
-    sequence = sequence.to(model.device)
+    sequence = sequence.to(input_device(model))
     response = sequence[prompt_length:]
     logits = model(sequence[None, :-1]).logits[:, prompt_length - 1 :]
     best, written = logits.amax(dim=-1), of_candidates(logits, response[None])
@@ -289,7 +289,8 @@ def _inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts:
     """Padded on the left, without a word to the tokenizer: not every one has a padding token."""
     texts = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
     input_ids, attention_mask = left_padded(texts, tokenizer.pad_token_id or 0)
-    return {"input_ids": input_ids.to(model.device), "attention_mask": attention_mask.to(model.device)}
+    device = input_device(model)
+    return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
 
 
 def decode_batch(

@@ -9,6 +9,7 @@ import functools
 import inspect
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -18,6 +19,10 @@ from .caches import CACHE_NAME, FixedCache
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import Cache
+
+
+# These reckon positions from the mask, or from distances alone.
+ALIBI = ("bloom", "mpt")
 
 
 @functools.lru_cache
@@ -140,14 +145,14 @@ def _fixed_forward(
     # Copies, since views are told apart by their strides and offsets, and compiled anew.
     positions = _position_ids(model, cache.mask, slice(cache.length, cache.length + width))
     inputs |= {"attention_mask": cache.mask, **{name: ids.clone() for name, ids in positions.items()}}
-    # Hooks would be compiled in. The last of these states is what the head reads: tested on 25 families.
+    # Hooks would be compiled in. The last of these states is what the head reads: see `head_reads_last_states`.
     layers = output_states or output_hidden_states
     outputs = (model if is_prefill else cache.forward)(**inputs, output_hidden_states=layers, return_dict=True)
     cache.length += n
 
     def own(x: torch.Tensor) -> torch.Tensor:
         # The next replay of a captured graph overwrites what this one returns.
-        return x[:rows, : x.shape[1] - (width - n)].clone()
+        return x[..., :rows, : x.shape[-2] - (width - n), :].clone()
 
     states = own(outputs.hidden_states[-1]) if output_states else None
     hidden_states = tuple(map(own, outputs.hidden_states)) if output_hidden_states else None
@@ -229,6 +234,33 @@ def positions_of(mask: torch.Tensor) -> torch.Tensor:
     return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
+#: Of models that were asked already.
+_reads_last_states: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def head_reads_last_states(model: PreTrainedModel) -> bool:
+    """Whether a model's head reads the last of its hidden states as they are; some scale or mix them first."""
+    if model not in _reads_last_states:
+        token = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
+        with HeadInputs(model) as head:
+            head.listen()
+            states = model(input_ids=token, output_hidden_states=True, return_dict=True).hidden_states
+        _reads_last_states[model] = states is not None and torch.equal(states[-1], head.newest)
+    return _reads_last_states[model]
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether tokens have the positions that a forward is told, or none at all: a model may count for itself."""
+    return "position_ids" in forward_parameters(model) or model.config.model_type in ALIBI
+
+
+def takes_caches(model: PreTrainedModel) -> bool:
+    """Whether a forward that says what it takes (a wrapper's may not) takes keys and values."""
+    accepted = forward_parameters(model)
+    return "input_ids" not in accepted or not accepted.isdisjoint((CACHE_NAME, "past_key_values"))
+
+
 def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     """A model of the first `num_layers` layers of `model` and its head, of the same tensors; `model` stays as it is.
 
@@ -254,6 +286,11 @@ def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     children[lists[0]] = children[lists[0]][:num_layers]
     early.config.get_text_config(decoder=True).num_hidden_layers = num_layers
     return early
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where to put a model's tokens. Offloaded ones have no device of their own, and take them from anywhere."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

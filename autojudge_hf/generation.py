@@ -24,7 +24,15 @@ from .caches import (
 from .candidate_generator import JudgeCandidateGenerator, PromptLookup
 from .checks import check_supported, checked_draft_length, checked_judge, warn_once
 from .draft_length import draft_schedule
-from .forward import HeadInputs, cached_forward, first_layers, max_positions
+from .forward import (
+    HeadInputs,
+    cached_forward,
+    first_layers,
+    head_reads_last_states,
+    input_device,
+    max_positions,
+    takes_positions,
+)
 from .judging import Judging
 from .outputs import JudgeDecoderOnlyOutput, KeptOutputs
 from .rows import RowProcessors, Rows, StopRule
@@ -92,7 +100,7 @@ def judge_decoding(
         assistant_model = first_layers(model, generation_config.assistant_early_exit)
     threshold = checked_judge(judge, judge_threshold, model, assistant_model, generation_config)
 
-    device = model.device  # looked up once: it takes longer than moving a tensor to where it is
+    device = input_device(model)  # looked up once: it takes longer than moving a tensor to where it is
     judging = Judging(judge, threshold, input_ids.device)
     circumstances = (judging.judge and judge.judge_type, round(threshold, 2), len(input_ids))
     draft_length = draft_schedule(num_assistant_tokens, model, own_assistant, generation_config, circumstances)
@@ -107,11 +115,12 @@ def judge_decoding(
             budget = max(stop.max_new_tokens)
             fixed = functools.partial(_fixed_or_growing, at_end, len(input_ids), generation_config)
             longest = input_ids.shape[1] + budget
-            cache = fixed(model, longest, draft_length.widths)
+            cache = fixed(model, longest, draft_length.widths, judging.reads_target)
             if assistant_model is not None:
                 # The newest token, and one more where the last candidate was accepted. A row that has no room left
                 # drafts as far as the others.
-                assistant_cache = fixed(assistant_model, longest + min(draft_length.longest, budget), [1, 2])
+                length = longest + min(draft_length.longest, budget)
+                assistant_cache = fixed(assistant_model, length, [1, 2], judging.reads_assistant)
         else:
             cache.activate_past_recording()
         if len(input_ids) == 1 and not isinstance(cache, FixedCache):
@@ -225,8 +234,12 @@ def _fixed_or_growing(
     model: PreTrainedModel,
     length: int,
     widths: Sequence[int],
+    reads_states: bool,
 ) -> Cache:
-    cache = take_fixed_cache(num_rows, generation_config, model, length, widths)
+    cache = None
+    # Padding behind the tokens must have no positions that a model lacks; and what is compiled has no hooks.
+    if takes_positions(model) and (not reads_states or head_reads_last_states(model)):
+        cache = take_fixed_cache(num_rows, generation_config, model, length, widths)
     if cache is None:
         warn_once(f"{type(model).__name__} can't use a static cache here, and falls back to a growing one.")
         return rewindable_cache(model)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .configuration import JudgeConfig, is_same_name, public_name
 from .features import judge_inputs
-from .forward import Pass, hidden_size, of_vocabulary
+from .forward import Pass, hidden_size, input_device, of_vocabulary
 from .mined_examples import pair_of, to_dataset
 from .prefixes import Prefixes
 
@@ -87,10 +87,12 @@ def compute_features(
         # Each row's last two positions: the token before the candidate, and the candidate.
         seen = [_last_two_positions(its_model, example) for its_model in read]
         states = [torch.stack([row.states for row in passes]) for passes in seen]
-        logits = [torch.stack([row.logits for row in passes]).to(model.device, torch.float32) for passes in seen]
+        logits = [
+            torch.stack([row.logits for row in passes]).to(input_device(model), torch.float32) for passes in seen
+        ]
         logits = [of_model / temperature for of_model in logits]
         inputs = judge_inputs(
-            torch.tensor([[row["candidate_token_id"]] for row in example], device=model.device),
+            torch.tensor([[row["candidate_token_id"]] for row in example], device=input_device(model)),
             logits[0],
             states[0],
             states[1] if assistant_states else None,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from .checks import checked_draft_length
+from .checks import check_models, checked_draft_length
 from .configuration import GREEDY_SETTINGS, public_name
 from .forward import eos_token_ids, max_positions
 from .mined_examples import MinedExamples
@@ -112,6 +112,7 @@ def mine_mismatches(
         raise ValueError(f"`seed` must be an int of 64 bits, got {seed!r:.50}.")
     if not isinstance(temperature, (int, float)) or not 0.0 <= temperature < math.inf:
         raise ValueError(f"`temperature` must be 0 (greedy) or a positive number, got {temperature!r}.")
+    check_models(model, assistant_model)
     examples = checked_examples(dataset, task)
     draft_length = checked_draft_length(num_assistant_tokens, assistant_model, None)
     if isinstance(draft_length, str):

@@ -80,10 +80,11 @@ class KeptOutputs:
             self._logits[row].append(logits[j, :num_kept].clone())
         if self.hidden_states is not None:
             # The prompt's states all belong to the first token, as in stock `generate`.
-            first = states[0].shape[1] if not self.hidden_states[row] else 1
+            first = states[0].shape[-2] if not self.hidden_states[row] else 1
             for i in range(num_kept):
                 at = slice(0, first) if first > 1 else slice(i, i + 1)
-                self.hidden_states[row].append(tuple(layer[j : j + 1, at] for layer in states))
+                # Gemma 3n's have several streams in front of the rows.
+                self.hidden_states[row].append(tuple(layer[..., j : j + 1, at, :] for layer in states))
 
     def scores(self, row: int, new: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
         """Of each token of a row, `new` ones last, shape `(1, v)`, as stock shows them to stopping criteria."""
@@ -111,7 +112,9 @@ class KeptOutputs:
         longest = max(self.hidden_states, key=len)
         return tuple(
             tuple(
-                torch.cat([row[t][layer] if t < len(row) else torch.zeros_like(states) for row in self.hidden_states])
+                torch.cat(
+                    [row[t][layer] if t < len(row) else torch.zeros_like(states) for row in self.hidden_states], dim=-3
+                )
                 for layer, states in enumerate(token)
             )
             for t, token in enumerate(longest)

@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from .caches import rewindable_cache
-from .forward import HeadInputs, Pass, cached_forward, vocab_size
+from .forward import HeadInputs, Pass, cached_forward, input_device, vocab_size
 from .rows import left_padded
 
 
@@ -23,8 +23,8 @@ class Prefixes:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        #: By name of the text: its tokens, and per layer the keys and values of shape `(1, heads, length, d)`.
-        self._cached: dict[int, tuple[list[int], list[tuple[torch.Tensor, torch.Tensor]]]] = {}
+        #: By name of the text: its tokens, and of layers that hold any the keys and values, `(1, heads, length, d)`.
+        self._cached: dict[int, tuple[list[int], dict[int, tuple[torch.Tensor, torch.Tensor]]]] = {}
 
     def forget(self, name: int) -> None:
         self._cached.pop(name, None)
@@ -46,13 +46,13 @@ class Prefixes:
         cache = rewindable_cache(self.model)
         if columns > num_new:
             kept = [(self._cached[i][1], max(0, len(tokens) - num_new)) for i, tokens in texts.items()]
-            for layer in range(len(kept[0][0])):
+            for layer in kept[0][0]:
                 keys, values = (
                     torch.cat([_padded(states[layer][kind][:, :, :n], columns - num_new) for states, n in kept])
                     for kind in (0, 1)
                 )
                 cache.update(keys, values, layer)
-        device = self.model.device
+        device = input_device(self.model)
         return input_ids.to(device), mask.to(device) if len(texts) > 1 else None, cache
 
     @torch.inference_mode()
@@ -63,10 +63,10 @@ class Prefixes:
         new = input_ids[:, cache.get_seq_length() :].clamp(max=vocab_size(self.model) - 1)
         with HeadInputs(self.model) as head:
             outputs = cached_forward(self.model, new, cache, mask, num_last, head if output_states else None)
-        layers = [layer for layer in cache.layers if layer.is_initialized]  # BART has fewer than its config says
         for row, (name, tokens) in enumerate(texts.items()):
             here = slice(row, row + 1), slice(None), slice(input_ids.shape[1] - len(tokens), None)
-            self._cached[name] = list(tokens), [(layer.keys[here], layer.values[here]) for layer in layers]
+            layers = {i: layer for i, layer in enumerate(cache.layers) if layer.keys is not None}
+            self._cached[name] = list(tokens), {i: (x.keys[here], x.values[here]) for i, x in layers.items()}
         return outputs
 
     def _num_shared(self, name: int, tokens: list[int], num_last: int) -> int:

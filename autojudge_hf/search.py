@@ -25,7 +25,7 @@ from .caches import CACHE_NAME
 from .candidate_generator import FormerResponses
 from .configuration import JudgeConfig
 from .features import judge_inputs
-from .forward import eos_token_ids, of_vocabulary, vocab_size
+from .forward import eos_token_ids, input_device, of_vocabulary, vocab_size
 from .generation import judge_decoding
 from .mined_examples import MinedExample
 from .prefixes import Prefixes
@@ -154,15 +154,16 @@ class SemiGreedySearch:
         if not trials:
             return
         outputs = self._target.run(trials, num_last=2, output_states=True)
+        device = input_device(self.model)
         states = assistant_logits = None
         temperature = self.temperature or 1.0
         if self.layout.assistant_hidden_size or self.layout.assistant_logit_features:
             seen = self._assistant.run(trials, num_last=2, output_states=True)
             states = seen.states[:, -2:] if self.layout.assistant_hidden_size else None
-            logits = seen.logits[:, -2:-1].to(self.model.device, torch.float32)
+            logits = seen.logits[:, -2:-1].to(device, torch.float32)
             assistant_logits = of_vocabulary(logits, vocab_size(self.model)) / temperature
         inputs = judge_inputs(
-            torch.tensor([trial[-1:] for trial in trials.values()], device=self.model.device),
+            torch.tensor([trial[-1:] for trial in trials.values()], device=device),
             outputs.logits[:, -2:].float() / temperature,
             outputs.states[:, -2:],
             states,

@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 from conftest import PROMPT, left_padded, random_llama, similar_model
-from test_architectures import FAMILIES, NEW_TOKENS, PROMPTS, rewind_to_wrong_keys, worth_testing
+from test_architectures import FAMILIES, NEW_TOKENS, PROMPTS, random_model, rewind_to_wrong_keys, worth_testing
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, StaticCache
 
@@ -77,6 +77,18 @@ def test_lossless(family, monkeypatch):
     assert not torch.equal(model.generate(**inputs, **options, **STATIC).sequences, expected)
     # These two have no forward that could be compiled whole; their caches grow, with a warning.
     assert (model in kept_caches) == (family not in ("gpt_neo", "mpt"))
+
+
+def test_states_that_are_not_the_last_ones():
+    """What Gemma 3n's head reads is none of the states that compiled forwards give: its judges get growing caches."""
+    model = random_model("gemma3n_text", seed=0)
+    judge = AutoJudge.from_config(JudgeConfig(hidden_size=32))
+    torch.manual_seed(0)
+    judge.load_state_dict({"weight": torch.randn(32), "bias": torch.zeros(1)})
+    options = {"assistant_model": similar_model(model), "judge": judge, "max_new_tokens": 40, "judge_threshold": 0.5}
+    expected, output = (model.generate(PROMPT, **options, **decoding) for decoding in (GREEDY, STATIC))
+    assert same(output, expected) and 0 < output.num_judge_accepted < output.num_candidates
+    assert model not in kept_caches
 
 
 def test_short_budgets_compile_nothing(compiled, top_k):

@@ -3,6 +3,7 @@
 
 import contextlib
 import copy
+import itertools
 import logging
 import threading
 import time
@@ -11,27 +12,33 @@ import pytest
 import reference
 import torch
 from conftest import PROMPT, left_padded, random_llama, scaled_up, similar_model
+from test_architectures import random_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     CLIPVisionConfig,
     CompileConfig,
     DynamicCache,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GenerationConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LogitsProcessor,
     LogitsProcessorList,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
     pipeline,
 )
 
 import autojudge_hf.checks
 import autojudge_hf.generation
-from autojudge_hf import AutoJudge, JudgeConfig
+from autojudge_hf import AutoJudge, JudgeConfig, mine_mismatches
 from autojudge_hf.caches import CACHE_NAME, kept_caches
 from autojudge_hf.draft_length import AdaptiveDraftLength
 from autojudge_hf.outputs import COUNTS
+from autojudge_hf.prefixes import Prefixes
 from autojudge_hf.tasks import GSM8K
 
 
@@ -63,6 +70,19 @@ def test_hidden_states_as_plain_generate_gives_them(random_pair, top_k):
             assert len(token) == len(expected_token) == 3
             for layer, expected_layer in zip(token, expected_token):
                 torch.testing.assert_close(layer, expected_layer, rtol=1e-4, atol=1e-4)
+
+
+def test_hidden_states_of_several_streams(top_k):
+    """Gemma 3n's layers have four dimensions, the streams in front."""
+    model = random_model("gemma3n_text", seed=0)
+    options = {"max_new_tokens": 12, "return_dict_in_generate": True, "output_hidden_states": True}
+    expected = model.generate(PROMPT, do_sample=False, **options).hidden_states
+    options |= {"assistant_model": similar_model(model), "judge": top_k, **LOSSLESS}
+    for more in ({}, {"cache_implementation": "static"}):
+        states = model.generate(PROMPT, **options, **more).hidden_states
+        for layer, expected_layer in itertools.chain.from_iterable(map(zip, states, expected)):
+            assert layer.ndim == 4
+            torch.testing.assert_close(layer, expected_layer, rtol=1e-3, atol=1e-3)
 
 
 def test_hidden_states_of_a_ragged_batch(random_pair, top_k):
@@ -259,6 +279,24 @@ def test_offloaded_target(random_pair, linear_judge, tmp_path):
     assert torch.equal(offloaded.generate(PROMPT, **options), expected)
 
 
+@pytest.mark.parametrize("role", ["target", "assistant"])
+def test_models_that_are_offloaded_whole(random_pair, linear_judge, role):
+    """They have no device of their own: every weight comes in for its layer's forward."""
+    from accelerate import cpu_offload
+
+    models = list(random_pair)
+    options = {"do_sample": False, "max_new_tokens": 30, "judge": linear_judge}
+    expected = models[0].generate(PROMPT, assistant_model=models[1], **options)
+    at = ("target", "assistant").index(role)
+    models[at] = cpu_offload(copy.deepcopy(models[at]), execution_device="cpu")
+    assert models[at].device.type == "meta"
+    for more in ({}, {"cache_implementation": "static", "disable_compile": True}):
+        assert torch.equal(models[0].generate(PROMPT, assistant_model=models[1], **options, **more), expected)
+    prompts = [[3, 14, 15, 9], [2, 6, 5]]
+    alone = [Prefixes(m).run(dict(enumerate(prompts)), 1).logits for m in (models[at], random_pair[at])]
+    assert torch.equal(*alone)
+
+
 class WeightOnlyInt8(torch.nn.Module):
     """What weight-only quantisation does to a linear layer."""
 
@@ -432,6 +470,16 @@ def test_models_whose_forward_is_not_of_the_text_alone(top_k):
     model = decoder("xlm", **sizes)
     with pytest.raises(ValueError, match="isn't of the text alone"):
         model.generate(PROMPT, assistant_model=similar_model(model), judge=top_k, max_new_tokens=5)
+    for name, message in {
+        "bert": "encoders.*is_decoder=True",
+        "openai-gpt": "no cache of keys",
+        "git": "alone",
+    }.items():
+        model = decoder(name, **(SMALL | {"n_embd": 32, "n_layer": 2, "n_head": 2} if name == "openai-gpt" else SMALL))
+        with pytest.raises(ValueError, match=message):
+            model.generate(PROMPT, assistant_model=model, judge=top_k, max_new_tokens=5)
+        with pytest.raises(ValueError, match=message):
+            mine_mismatches(model, model, None, [{}], GSM8K(), max_new_tokens=5)
     parts = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 32, "num_kv_shared_layers": 0}
     parts |= {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8, "laurel_rank": 4}
     parts |= {"altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 2, "intermediate_size": [64] * 2}
@@ -455,10 +503,14 @@ def test_models_that_count_positions_their_own_way(top_k):
     """RoBERTa starts behind its padding token unless it is told; BART can't be told, and lacks some of its layers."""
     sizes = {"d_model": 32, "decoder_layers": 2, "encoder_layers": 5, "decoder_attention_heads": 2}
     sizes |= {"decoder_ffn_dim": 64, "dropout": 0.0, "forced_eos_token_id": None, "is_encoder_decoder": False}
+    sizes |= {"max_position_embeddings": PROMPT.shape[1] + 40 - 1}
     for model in (decoder("roberta", **SMALL, is_decoder=True), decoder("bart", **sizes, is_decoder=True)):
         options = {"assistant_model": similar_model(model), "judge": top_k, "num_assistant_tokens": 5, **LOSSLESS}
         expected = model.generate(PROMPT, do_sample=False, max_new_tokens=40)
         assert torch.equal(model.generate(PROMPT, max_new_tokens=40, **options), expected)
+        # Up to the last position that there is: a forward of a fixed shape would have padding behind it.
+        static = model.generate(PROMPT, max_new_tokens=40, cache_implementation="static", **options)
+        assert torch.equal(static, expected)
     with pytest.raises(ValueError, match="batches of models whose `forward` takes no"):
         model.generate(**left_padded([[3, 4, 5], [6]]), max_new_tokens=4, **options)
 
@@ -476,6 +528,41 @@ def test_texts_for_a_model_of_images(top_k):
         expected = model.generate(**inputs, do_sample=False, max_new_tokens=20)
         assert len(set(expected[0, -20:].tolist())) >= 3
         assert torch.equal(model.generate(**inputs, max_new_tokens=20, **options), expected)
+
+
+VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+
+
+def test_processors_of_images_say_that_a_text_is_a_text(top_k):
+    """In types of tokens that are all zero. Others say where images are, and would have to reach the model."""
+    text = {**SMALL, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 32, "eos_token_id": None}
+    tokens = {"image_token_index": 29, "boi_token_index": 30, "eoi_token_index": 31}
+    config = Gemma3Config(text_config=text, vision_config={**VISION, "intermediate_size": 16}, **tokens)
+    torch.manual_seed(0)
+    model = scaled_up(Gemma3ForConditionalGeneration(config).eval())
+    model.generation_config.eos_token_id = None
+    options = {"assistant_model": random_llama(), "judge": top_k, "num_assistant_tokens": 5, **LOSSLESS}
+    types = {"token_type_ids": torch.zeros_like(PROMPT)}
+    expected = model.generate(PROMPT, **types, do_sample=False, max_new_tokens=20)
+    assert torch.equal(model.generate(PROMPT, **types, max_new_tokens=20, **options), expected)
+    with pytest.raises(ValueError, match="model inputs .'token_type_ids'"):
+        model.generate(PROMPT, token_type_ids=types["token_type_ids"] + 1, max_new_tokens=20, **options)
+
+
+def test_rows_leave_a_cache_that_is_filled_in_part(top_k):
+    """Without an image Llama 3.2's layers for images cache nothing."""
+    text = {**SMALL, "vocab_size": 32, "num_key_value_heads": 1, "cross_attention_layers": [1], "eos_token_id": None}
+    text |= {"pad_token_id": 0, "bos_token_id": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    vision = {**VISION, "attention_heads": 2, "num_global_layers": 1, "vision_output_dim": 32}
+    vision |= {"intermediate_size": 16, "intermediate_layers_indices": [0]}
+    torch.manual_seed(0)
+    config = MllamaConfig(text_config=text, vision_config=vision, image_token_index=31)
+    model = scaled_up(MllamaForConditionalGeneration(config).eval())
+    batch = left_padded([PROMPT[0].tolist(), [3, 1, 4]])
+    expected = model.generate(**batch, do_sample=False, max_new_tokens=30)
+    options = {"assistant_model": similar_model(model), "judge": top_k, "num_assistant_tokens": 5, **LOSSLESS}
+    for more in ({}, {"cache_implementation": "static"}):
+        assert torch.equal(model.generate(**batch, max_new_tokens=30, **options, **more), expected)
 
 
 def test_a_compiled_assistant_drafts_as_well(random_pair, top_k):
