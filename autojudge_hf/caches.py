@@ -89,7 +89,7 @@ class FixedCache(StaticCache):
         self.tokens = torch.zeros_like(self.mask)
         for tensor in (self.start, self.mask, self.tokens):
             torch._dynamo.mark_static_address(tensor)
-        self.layers = [x if type(x) is LayerOfAnother else FixedLayer(max_length, self.start) for x in self.layers]
+        self.layers = [FixedLayer(max_length, self.start) for _ in self.layers]
         self.num_rows, self.max_length = num_rows, max_length
         self.made_for, self.is_inference = _made_for(model), torch.is_inference_mode_enabled()
         #: Tokens cached, on the host, and in how many rows.
@@ -140,10 +140,6 @@ class FixedCache(StaticCache):
             raise ValueError("A static cache of judge decoding is the next call's, and can't be continued from.")
         return super().update(*args, **kwargs)
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """As in every cache, the number is negative."""
-        self.length += tokens_to_remove
-
     def clear(self) -> None:
         """Holds nothing: not even what isn't finite, which a mask doesn't hide."""
         self.length = 0
@@ -168,14 +164,12 @@ def take_fixed_cache(
     model: PreTrainedModel,
     length: int,
     widths: Sequence[int],
-) -> FixedCache | None:
+) -> FixedCache:
     """An empty cache with room for `length` tokens and a forward of any of the widths behind them.
 
     The smallest that is large enough of those that the model's last calls gave back, if one is for as many rows. Until
-    it's given back it belongs to this call. `None` for a model whose forward hasn't a fixed shape.
+    it's given back it belongs to this call. For models of fixed shapes only: see [`has_fixed_shapes`].
     """
-    if not _has_fixed_shapes(model):
-        return None
     length += max(widths)
     is_inference = torch.is_inference_mode_enabled()
     with _keeping:
@@ -222,7 +216,8 @@ def _made_for(model: PreTrainedModel) -> tuple:
     return model.config.get_text_config(decoder=True).num_hidden_layers, model.device, model.dtype
 
 
-def _has_fixed_shapes(model: PreTrainedModel) -> bool:
+def has_fixed_shapes(model: PreTrainedModel) -> bool:
+    """Whether a model's forward can have a shape that doesn't grow with the text."""
     if model.device.type == "meta":  # offloaded whole
         return False
     layers = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=1).layers
@@ -294,7 +289,11 @@ def rewind(cache: Cache, removed: Sequence[int]) -> None:
                     held.copy_(moved(held))
             else:
                 layer.keys, layer.values = moved(layer.keys), moved(layer.values)
-    cache.crop(-least)
+    if isinstance(cache, FixedCache):
+        cache.length -= least
+        return
+    for layer in filled_layers(cache):
+        layer.crop(-least)
 
 
 def leave_behind(cache: Cache, length: int) -> None:

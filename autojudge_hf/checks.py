@@ -15,9 +15,9 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from .caches import CACHE_NAME, other_layers
-from .configuration import checked_threshold, decoding_settings, is_same_name, public_name
+from .configuration import checked_threshold, decoding_settings, public_name
 from .draft_length import ADAPTIVE, DEFAULT_DRAFT_LENGTH
-from .forward import hidden_size, positions_of, takes_caches, takes_positions, vocab_size
+from .forward import hidden_size, positions_of, takes_positions, vocab_size
 from .modeling import Judge
 
 
@@ -63,6 +63,7 @@ NEVER_MINED = {
 # XLM and CPM-Ant add tokens that nobody passes, GIT those of an image where there is a mask; Moshi forgets what leaves
 # its window, and its mask doesn't say so; ProphetNet reads one new token at a time; Dory adds layers to its cache.
 UNLIKE_THEIR_TEXT = ("xlm", "flaubert", "cpmant", "git", "moshi", "prophetnet", "dory")
+WITHOUT_CACHES = ("openai-gpt", "reformer", "xlnet")
 # These say that they aren't decoders, and are.
 DECODERS_ANYWAY = ("gpt_neox", "gpt_neox_japanese")
 
@@ -172,7 +173,8 @@ def _warn_of_another_pair(judge: Judge, model: PreTrainedModel, assistant_model:
         ("assistant", config.assistant_model_name_or_path, assistant_model),
     ):
         actual = public_name(part.config.name_or_path) if part is not None else None
-        if trained and actual and not is_same_name(trained, actual):
+        # A local copy of "user/model" is called "model".
+        if trained and actual and trained.rsplit("/", 1)[-1] != actual.rsplit("/", 1)[-1]:
             others.append(f"{role} {actual} (mined with {trained})")
     if others:
         warn_once(
@@ -273,11 +275,14 @@ def _reasons_of_models(models: Sequence[PreTrainedModel]) -> dict[str, bool]:
         "stateful models, which can't take tokens back": any(m._is_stateful for m in models),
         "models sharded by FSDP or ZeRO-3: ranks differ in their number of forwards": _is_sharded(models),
         "encoders, which see what follows (for a decoder, set `is_decoder=True` in its config)": any(
-            getattr(m.config, "is_decoder", True) is False and m.config.model_type not in DECODERS_ANYWAY
+            # Any config may have been given one; whose class says so goes by it.
+            not getattr(type(m.config), "is_decoder", True)
+            and not m.config.is_decoder
+            and m.config.model_type not in DECODERS_ANYWAY
             for m in models
         ),
-        "models whose forward takes no cache of keys and values": not all(map(takes_caches, models)),
         "models whose forward isn't of the text alone": any(m.config.model_type in UNLIKE_THEIR_TEXT for m in models),
+        "models that cache no keys and values": any(m.config.model_type in WITHOUT_CACHES for m in models),
     }
 
 

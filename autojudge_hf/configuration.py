@@ -99,11 +99,6 @@ def public_name(name_or_path: str | None) -> str | None:
     return name_or_path if is_hub_id else path.name
 
 
-def is_same_name(first: str | None, second: str | None) -> bool:
-    """Whether two public names may be one model's: a local copy of "user/model" is called "model"."""
-    return first == second or bool(first and second and first.rsplit("/", 1)[-1] == second.rsplit("/", 1)[-1])
-
-
 @dataclass
 class JudgeConfig:
     """Configuration of a judge.

@@ -255,12 +255,6 @@ def takes_positions(model: PreTrainedModel) -> bool:
     return "position_ids" in forward_parameters(model) or model.config.model_type in ALIBI
 
 
-def takes_caches(model: PreTrainedModel) -> bool:
-    """Whether a forward that says what it takes (a wrapper's may not) takes keys and values."""
-    accepted = forward_parameters(model)
-    return "input_ids" not in accepted or not accepted.isdisjoint((CACHE_NAME, "past_key_values"))
-
-
 def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     """A model of the first `num_layers` layers of `model` and its head, of the same tensors; `model` stays as it is.
 

@@ -14,6 +14,7 @@ from .caches import (
     CACHE_NAME,
     FixedCache,
     give_fixed_cache_back,
+    has_fixed_shapes,
     leave_behind,
     num_cached,
     rewind,
@@ -80,8 +81,9 @@ def judge_decoding(
             `prompt_lookup_num_tokens` or `assistant_early_exit`.
         judge_threshold (`float` or `str`, *optional*): accept a mismatch below this score, or below that of this name
             in `judge.config.thresholds`; default `judge.config.threshold`.
-        num_assistant_tokens (`int` or `"adaptive"`, *optional*): candidates per cycle; default: the assistant's
-            generation config, or `prompt_lookup_num_tokens`. [`AdaptiveDraftLength`] says what `"adaptive"` does.
+        num_assistant_tokens (`int` or `"adaptive"`, *optional*): candidates per cycle; default: the drafting
+            model's generation config, or `prompt_lookup_num_tokens`. [`AdaptiveDraftLength`] says what `"adaptive"`
+            does.
         streamer (`BaseStreamer`, *optional*): gets each cycle's tokens; for a single prompt.
         candidate_generator ([`JudgeCandidateGenerator`], *optional*): drafts in the assistant's place.
         model_kwargs: what `generate` prepared for the forward: cache, attention mask.
@@ -236,12 +238,11 @@ def _fixed_or_growing(
     widths: Sequence[int],
     reads_states: bool,
 ) -> Cache:
-    cache = None
     # Padding behind the tokens must have no positions that a model lacks; and what is compiled has no hooks.
-    if takes_positions(model) and (not reads_states or head_reads_last_states(model)):
-        cache = take_fixed_cache(num_rows, generation_config, model, length, widths)
-    if cache is None:
+    is_fixed = has_fixed_shapes(model) and takes_positions(model)
+    if not is_fixed or (reads_states and not head_reads_last_states(model)):
         warn_once(f"{type(model).__name__} can't use a static cache here, and falls back to a growing one.")
         return rewindable_cache(model)
+    cache = take_fixed_cache(num_rows, generation_config, model, length, widths)
     at_end.callback(give_fixed_cache_back, model, cache)
     return cache

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .configuration import JudgeConfig, is_same_name, public_name
+from .configuration import JudgeConfig, public_name
 from .features import judge_inputs
 from .forward import Pass, hidden_size, input_device, of_vocabulary
 from .mined_examples import pair_of, to_dataset
@@ -68,7 +68,9 @@ def compute_features(
     given = {"target": model} if assistant_model is None else {"target": model, "assistant": assistant_model}
     for role, its_model in given.items():
         mined, now = pair[role], described(its_model)
-        if not is_same_name(mined["name"], now["name"]) or mined["hidden_size"] != now["hidden_size"]:
+        if _is_copy(now["name"], mined["name"]):
+            now |= {"name": mined["name"], "revision": mined["revision"]}
+        if any(mined[name] != now[name] for name in ("name", "hidden_size")):
             raise ValueError(
                 f"The rows were mined with the {role} {mined['name']} of width {mined['hidden_size']}, got "
                 f"{now['name']} of width {now['hidden_size']}. Pass the pair that was mined."
@@ -188,6 +190,11 @@ def feature_layout(
 def described_layout(config: JudgeConfig) -> dict[str, Any]:
     """The part of a judge's config that says which features it reads, for `pair`."""
     return {name: getattr(config, name) for name in LAYOUT}
+
+
+def _is_copy(name: str | None, hub_id: str | None) -> bool:
+    """Whether a model from a folder may be that of the Hub: a local copy of "user/model" is called "model"."""
+    return bool(name and hub_id) and "/" not in name and hub_id.rsplit("/", 1)[-1] == name
 
 
 def described(model: PreTrainedModel) -> dict[str, Any]:

@@ -112,9 +112,9 @@ def mine_mismatches(
         raise ValueError(f"`seed` must be an int of 64 bits, got {seed!r:.50}.")
     if not isinstance(temperature, (int, float)) or not 0.0 <= temperature < math.inf:
         raise ValueError(f"`temperature` must be 0 (greedy) or a positive number, got {temperature!r}.")
-    check_models(model, assistant_model)
     examples = checked_examples(dataset, task)
     draft_length = checked_draft_length(num_assistant_tokens, assistant_model, None)
+    check_models(model, assistant_model)
     if isinstance(draft_length, str):
         raise ValueError(f"`num_assistant_tokens` of mining must be an int of at least 1, got {draft_length!r}.")
     prompts = [

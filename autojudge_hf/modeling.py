@@ -68,7 +68,7 @@ class Judge(nn.Module):
         card = JudgeCard(self.config, name, subfolder, plot_name)
         if plot_name:
             plot_trade_off(card.curves(), folder / plot_name)
-        else:
+        elif not self.config.evaluation:
             (folder / PLOT_NAME).unlink(missing_ok=True)  # of a judge that this one replaces
         (folder / CARD_NAME).write_text(card.render(), encoding="utf-8")
 

@@ -183,16 +183,16 @@ class RowProcessors:
 
 def _numbered(processor: LogitsProcessor, row: int) -> LogitsProcessor:
     """The processor for a row on its own, which would otherwise count as row 0 of the batch."""
-    numbered = copy.copy(processor)
     if isinstance(processor, PrefixConstrainedLogitsProcessor):
         allowed = processor._prefix_allowed_tokens_fn
-        numbered._prefix_allowed_tokens_fn = lambda _, tokens: allowed(row, tokens)
+        processor = copy.copy(processor)
+        processor._prefix_allowed_tokens_fn = lambda _, tokens: allowed(row, tokens)
     elif isinstance(processor, RepetitionPenaltyLogitsProcessor):
-        if isinstance(processor.prompt_ignore_length, torch.Tensor):
-            numbered.prompt_ignore_length = processor.prompt_ignore_length[row : row + 1]
-    else:
-        return processor
-    return numbered
+        ignored = processor.prompt_ignore_length
+        if isinstance(ignored, torch.Tensor):
+            processor = copy.copy(processor)
+            processor.prompt_ignore_length = ignored[row : row + 1]
+    return processor
 
 
 class MaxRowLengths(StoppingCriteria):

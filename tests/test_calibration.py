@@ -23,9 +23,9 @@ def calibrated(monkeypatch, judge, correct, **options):
 
     monkeypatch.setattr(autojudge_hf.calibration, "rows_one_by_one", rows)
     thresholds = [0.1 * n for n in range(1, len(correct))][::-1]  # in any order
-    options = {"dataset_name": "made-up", "max_new_tokens": 8, **options}
+    options = {"dataset_name": "made-up", "max_new_tokens": 8, "thresholds": thresholds, **options}
     examples = [None] * len(correct[0])
-    return calibrate_threshold(None, None, None, examples, None, judge, thresholds=thresholds, **options)
+    return calibrate_threshold(None, None, None, examples, None, judge, **options)
 
 
 def test_threshold_is_the_last_before_the_first_that_costs_too_much(monkeypatch, top_k, caplog):
@@ -52,6 +52,8 @@ def test_threshold_is_the_last_before_the_first_that_costs_too_much(monkeypatch,
     for rows, options, message in (
         ([right, right], {"confidence": 0.1}, "confidence"),
         ([right], {}, "at least one of `thresholds`"),
+        ([right, right], {"thresholds": 0.1}, "`thresholds` must be a list"),
+        ([right, right], {"thresholds": ["10 points", "5 points"]}, "`thresholds` must be a number.*'10 points'"),
         ([right, right], {"max_drops": {0.01: 0.01}}, "`max_drops` must map names"),
         ([right, right], {"max_drops": {"1 point": 1}}, "0.01 for 1 point; got .1."),
         ([right, right], {"max_drops": {"none": 0.0}}, "got .0.0. in `max_drops`.*No sample"),

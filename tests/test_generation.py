@@ -102,14 +102,13 @@ def test_a_corrupted_cache_is_noticed(random_pair, monkeypatch):
 
     model, assistant = random_pair
     expected = reference.greedy(model, PROMPT[0].tolist(), 60, eos_ids=())
-    crop = DynamicCache.crop
+    crop = DynamicLayer.crop
 
-    def crop_the_wrong_end(cache, n):
-        crop(cache, n)
-        for layer in cache.layers if n else ():
-            layer.keys = layer.keys.roll(-n, dims=2)
+    def crop_the_wrong_end(layer, n):
+        crop(layer, n)
+        layer.keys = layer.keys.roll(-n, dims=2)
 
-    monkeypatch.setattr(DynamicCache, "crop", crop_the_wrong_end)
+    monkeypatch.setattr(DynamicLayer, "crop", crop_the_wrong_end)
     decode = functools.partial(judge_decoding, assistant_model=assistant, num_assistant_tokens=5)
     got = model.generate(PROMPT, do_sample=False, max_new_tokens=60, assistant_model=assistant, custom_generate=decode)
     assert got[0].tolist() != expected
@@ -891,6 +890,8 @@ def test_sharded_models_are_refused(random_pair, top_k, monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(ValueError, match="FSDP or ZeRO-3"):
         model.generate(PROMPT, max_new_tokens=5, assistant_model=assistant, judge=top_k)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    model.generate(PROMPT, max_new_tokens=5, assistant_model=assistant, judge=top_k)
 
 
 def test_caches_that_are_refused(random_pair, top_k):

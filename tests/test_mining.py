@@ -470,7 +470,10 @@ def test_features_of_another_pair_are_refused(random_pair):
     # From a folder it's the same model.
     from_hub = mine_random((other, random_pair[1]), EXAMPLES[:2], features_dtype=None)
     other.config.name_or_path = "/models/other"
-    assert json.loads(compute_features(from_hub, other)[0]["pair"])["target"]["name"] == "other"
+    assert json.loads(compute_features(from_hub, other)[0]["pair"])["target"]["name"] == "org/other"
+    other.config.name_or_path = "stranger/other"
+    with pytest.raises(ValueError, match="got stranger/other"):
+        compute_features(from_hub, other)
     with pytest.raises(ValueError, match="features_dtype.*int8"):
         compute_features(mined, random_pair[0], features_dtype="int8")
 

@@ -29,6 +29,8 @@ from transformers import (
     LogitsProcessorList,
     MllamaConfig,
     MllamaForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     pipeline,
 )
 
@@ -76,10 +78,11 @@ def test_hidden_states_of_several_streams(top_k):
     """Gemma 3n's layers have four dimensions, the streams in front."""
     model = random_model("gemma3n_text", seed=0)
     options = {"max_new_tokens": 12, "return_dict_in_generate": True, "output_hidden_states": True}
-    expected = model.generate(PROMPT, do_sample=False, **options).hidden_states
+    prompts = PROMPT.repeat(2, 1)
+    expected = model.generate(prompts, do_sample=False, **options).hidden_states
     options |= {"assistant_model": similar_model(model), "judge": top_k, **LOSSLESS}
     for more in ({}, {"cache_implementation": "static"}):
-        states = model.generate(PROMPT, **options, **more).hidden_states
+        states = model.generate(prompts, **options, **more).hidden_states
         for layer, expected_layer in itertools.chain.from_iterable(map(zip, states, expected)):
             assert layer.ndim == 4
             torch.testing.assert_close(layer, expected_layer, rtol=1e-3, atol=1e-3)
@@ -470,12 +473,16 @@ def test_models_whose_forward_is_not_of_the_text_alone(top_k):
     model = decoder("xlm", **sizes)
     with pytest.raises(ValueError, match="isn't of the text alone"):
         model.generate(PROMPT, assistant_model=similar_model(model), judge=top_k, max_new_tokens=5)
-    for name, message in {
+    sizes |= {"n_embd": 32, "n_layer": 2, "n_head": 2, "num_decoder_layers": 1, "num_decoder_attention_heads": 2}
+    sizes |= {"hidden_size": 32, "is_encoder_decoder": False}
+    messages = {
         "bert": "encoders.*is_decoder=True",
-        "openai-gpt": "no cache of keys",
+        "openai-gpt": "cache no keys",
+        "prophetnet": "alone",
         "git": "alone",
-    }.items():
-        model = decoder(name, **(SMALL | {"n_embd": 32, "n_layer": 2, "n_head": 2} if name == "openai-gpt" else SMALL))
+    }
+    for name, message in messages.items():
+        model = decoder(name, **(sizes if name in ("openai-gpt", "prophetnet") else SMALL))
         with pytest.raises(ValueError, match=message):
             model.generate(PROMPT, assistant_model=model, judge=top_k, max_new_tokens=5)
         with pytest.raises(ValueError, match=message):
@@ -547,6 +554,35 @@ def test_processors_of_images_say_that_a_text_is_a_text(top_k):
     assert torch.equal(model.generate(PROMPT, **types, max_new_tokens=20, **options), expected)
     with pytest.raises(ValueError, match="model inputs .'token_type_ids'"):
         model.generate(PROMPT, token_type_ids=types["token_type_ids"] + 1, max_new_tokens=20, **options)
+
+
+def test_types_of_a_text_for_models_that_place_images(top_k):
+    text = {**SMALL, "num_key_value_heads": 1, "vocab_size": 32, "eos_token_id": None}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
+    tokens = {"image_token_id": 28, "video_token_id": 29, "vision_start_token_id": 30, "vision_end_token_id": 31}
+    torch.manual_seed(1)
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, **tokens)
+    model = scaled_up(Qwen2VLForConditionalGeneration(config).eval())
+    model.generation_config.eos_token_id = None
+    options = {"assistant_model": random_llama(), "judge": top_k, "num_assistant_tokens": 5, **LOSSLESS}
+    for inputs in ({"input_ids": PROMPT}, left_padded([[3, 4, 5, 9, 2], [6, 7]])):
+        inputs["mm_token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+        expected = model.generate(**inputs, do_sample=False, max_new_tokens=20)
+        assert len(set(expected[0, -20:].tolist())) >= 3
+        assert torch.equal(model.generate(**inputs, max_new_tokens=20, **options), expected)
+    inputs = {"input_ids": PROMPT, "mm_token_type_ids": torch.ones_like(PROMPT)}
+    with pytest.raises(ValueError, match="model inputs .'mm_token_type_ids'"):
+        model.generate(**inputs, position_ids=torch.arange(7).expand(3, 1, 7), max_new_tokens=20, **options)
+
+
+def test_a_config_that_says_more_than_its_class_asks(top_k):
+    """Old ones said of every model whether it was a decoder."""
+    model = random_llama()
+    model.config.is_decoder = False
+    expected = model.generate(PROMPT, do_sample=False, max_new_tokens=20)
+    got = model.generate(PROMPT, assistant_model=random_llama(1), judge=top_k, max_new_tokens=20, **LOSSLESS)
+    assert torch.equal(got, expected)
 
 
 def test_rows_leave_a_cache_that_is_filled_in_part(top_k):
