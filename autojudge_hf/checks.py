@@ -1,52 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What judge decoding refuses, or warns of, before any forward."""
+"""Whether a drafter and a judge fit the models they are used with; what doesn't is refused, or warned of."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import numbers
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-from transformers.cache_utils import DynamicCache, StaticCache
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.integrations.fsdp import is_fsdp_managed_module
-
-from .caches import CACHE_NAME, other_layers
 from .configuration import checked_threshold, decoding_settings, public_name
 from .draft_length import ADAPTIVE, DEFAULT_DRAFT_LENGTH
-from .forward import hidden_size, positions_of, takes_positions, vocab_size
+from .forward import hidden_size, vocab_size
 from .modeling import Judge
 
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
-    from transformers.generation.streamers import BaseStreamer
 
 
 logger = logging.getLogger(__name__)
 
-# Pairs with one tokenizer pad its vocabulary to different sizes, Qwen2.5's by 128. Tokenizers differ by more.
-LARGEST_PADDING = 1024
-#: Settings of a `GenerationConfig` that ask for another way of decoding: what turns each off besides `None`, and what
-#: it is called. Some are younger than the oldest transformers this runs on.
-REFUSED_SETTINGS = {
-    "num_beams": (1, "beam search"),
-    "num_return_sequences": (1, "`num_return_sequences` above 1"),
-    "penalty_alpha": (0, "contrastive search (`penalty_alpha`)"),
-    "dola_layers": (None, "`dola_layers`"),
-    "constraints": (None, "`constraints`"),
-    "force_words_ids": (None, "`force_words_ids`"),
-    "guidance_scale": (1, "`guidance_scale`"),
-    "watermarking_config": (None, "watermarks"),
-    "output_attentions": (False, "`output_attentions`"),
-    "use_mtp": (False, "`use_mtp`"),
-    "speculation_type": (None, "`speculation_type`"),
-    "assistant_ensemble_weight": (None, "`assistant_ensemble_weight`"),
-}
-#: More settings that change which candidates are mismatches, with what turns each off besides `None`. Mining has none.
+#: Settings that a judge's config doesn't record since mining has none of them, and that change which candidates are
+#: mismatches; with what turns each off besides `None`.
 NEVER_MINED = {
     "encoder_repetition_penalty": 1.0,
     "encoder_no_repeat_ngram_size": 0,
@@ -60,12 +35,6 @@ NEVER_MINED = {
     "min_length": 0,
     "min_new_tokens": 0,
 }
-# XLM and CPM-Ant add tokens that nobody passes, GIT those of an image where there is a mask; Moshi forgets what leaves
-# its window, and its mask doesn't say so; ProphetNet reads one new token at a time; Dory adds layers to its cache.
-UNLIKE_THEIR_TEXT = ("xlm", "flaubert", "cpmant", "git", "moshi", "prophetnet", "dory")
-WITHOUT_CACHES = ("openai-gpt", "reformer", "xlnet")
-# These say that they aren't decoders, and are.
-DECODERS_ANYWAY = ("gpt_neox", "gpt_neox_japanese")
 
 
 def checked_draft_length(
@@ -200,141 +169,3 @@ def _warn_of_other_settings(judge: Judge, generation_config: GenerationConfig) -
 @functools.cache
 def warn_once(message: str) -> None:
     logger.warning(message)
-
-
-def check_supported(
-    model: PreTrainedModel,
-    assistant_model: PreTrainedModel | None,
-    input_ids: torch.Tensor,
-    generation_config: GenerationConfig,
-    streamer: BaseStreamer | None,
-    model_kwargs: dict[str, Any],
-) -> None:
-    """Raises one `ValueError` that lists everything about the call that judge decoding can't do."""
-    models = [model] if assistant_model is None else [model, assistant_model]
-    cache = model_kwargs.get(CACHE_NAME)
-    mask = model_kwargs.get("attention_mask")
-    # A single prompt may have gaps: `generate` masks whatever looks like padding in it.
-    is_padded_behind = mask is not None and not mask[:, -1].all()
-    is_padded_behind |= mask is not None and len(mask) > 1 and bool((mask[:, 1:] < mask[:, :-1]).any())
-    lacks_text = _lacks_text(input_ids, mask, cache)
-    layers = other_layers(cache) if type(cache) is DynamicCache else []
-    # `generate` has made an empty one of its own, in whose place comes ours.
-    is_static = generation_config.cache_implementation == "static" and type(cache) is StaticCache
-    known = {CACHE_NAME, "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
-    known |= {"output_hidden_states", "output_attentions"}  # also in the config, which is what counts
-    other = sorted(k for k, v in model_kwargs.items() if k not in known and not _says_nothing(k, v, model))
-    config = generation_config
-    drafters = {
-        "assistant_model": assistant_model,
-        "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens,
-        "assistant_early_exit": config.assistant_early_exit,
-    }
-    given = [name for name, value in drafters.items() if value is not None]
-    reasons = {
-        **_reasons_of_models(models),
-        "prompts padded on the right or within (set `padding_side='left'`)": is_padded_behind,
-        "a cache with the new tokens alone (pass the whole text, what is cached included)": lacks_text,
-        "`position_ids` of your own": not lacks_text
-        and _has_own_positions(input_ids, mask, model_kwargs.get("position_ids")),
-        "texts that grow past the length at which RoPE changes (LongRoPE, dynamic NTK)": _outgrows_rope(
-            model, input_ids, mask, config
-        ),
-        "batches of models whose `forward` takes no `position_ids`": len(input_ids) > 1
-        and not all(map(takes_positions, models)),
-        "streamers with several prompts": len(input_ids) > 1 and streamer is not None,
-        "`use_cache=False`, or a model that has no cache": cache is None,
-        f"the cache {type(cache).__name__}": not is_static and cache is not None and type(cache) is not DynamicCache,
-        f"the cache's {', '.join(layers)}": bool(layers),
-        "offloaded caches": bool(getattr(cache, "offloading", False)),
-        "`cache_implementation='static'` with `assistant_early_exit`": is_static and bool(config.assistant_early_exit),
-        f"two drafters at once ({', '.join(given)})": len(given) > 1,
-        f"the model inputs {other}": bool(other),
-    }
-    for name, (off, reason) in REFUSED_SETTINGS.items():
-        reasons[reason] = getattr(config, name, None) not in (None, off)
-    _refuse(reasons)
-    if assistant_model is not None and abs(vocab_size(model) - vocab_size(assistant_model)) > LARGEST_PADDING:
-        raise ValueError(
-            f"The models have different vocabularies: {vocab_size(model)} tokens in the target's, "
-            f"{vocab_size(assistant_model)} in the assistant's. Expected one tokenizer (the padding of its embeddings "
-            "may differ). Use an assistant of the target's own family."
-        )
-    if config.compile_config is not None and not is_static:
-        warn_once("Only fixed shapes are compiled: `compile_config` needs `cache_implementation='static'`.")
-
-
-def check_models(*models: PreTrainedModel) -> None:
-    """Raises one `ValueError` for models that judge decoding can't do, whatever the call."""
-    _refuse(_reasons_of_models(models))
-
-
-def _reasons_of_models(models: Sequence[PreTrainedModel]) -> dict[str, bool]:
-    return {
-        "encoder-decoder models": any(m.config.is_encoder_decoder for m in models),
-        "stateful models, which can't take tokens back": any(m._is_stateful for m in models),
-        "models sharded by FSDP or ZeRO-3: ranks differ in their number of forwards": _is_sharded(models),
-        "encoders, which see what follows (for a decoder, set `is_decoder=True` in its config)": any(
-            # Any config may have been given one; whose class says so goes by it.
-            not getattr(type(m.config), "is_decoder", True)
-            and not m.config.is_decoder
-            and m.config.model_type not in DECODERS_ANYWAY
-            for m in models
-        ),
-        "models whose forward isn't of the text alone": any(m.config.model_type in UNLIKE_THEIR_TEXT for m in models),
-        "models that cache no keys and values": any(m.config.model_type in WITHOUT_CACHES for m in models),
-    }
-
-
-def _refuse(reasons: dict[str, bool]) -> None:
-    if refused := [reason for reason, applies in reasons.items() if applies]:
-        raise ValueError("Judge decoding doesn't support: " + "; ".join(refused) + ".")
-
-
-def _says_nothing(name: str, value: Any, model: PreTrainedModel) -> bool:
-    """Models of images get an empty dict of them with a text, and types of tokens that are all a text's."""
-    is_of_types = name == "mm_token_type_ids" or (name == "token_type_ids" and model.config.model_type == "gemma3")
-    if is_of_types and isinstance(value, torch.Tensor):
-        return not value.any()
-    return value is None or (isinstance(value, dict) and not value)
-
-
-def _is_sharded(models: Sequence[PreTrainedModel]) -> bool:
-    """Whether a forward waits for the other processes', for which `generate` turns `synced_gpus` on."""
-    is_sharded = is_deepspeed_zero3_enabled() or any(is_fsdp_managed_module(m) for m in models)
-    return is_sharded and torch.distributed.get_world_size() > 1
-
-
-def _has_own_positions(input_ids: torch.Tensor, mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> bool:
-    """Whether somebody passed other positions than `generate` makes. (Those of images have three dimensions.)"""
-    if position_ids is None or position_ids.ndim != 2 or input_ids.shape[1] == 0:  # embeddings in the text's place
-        return False
-    mask = input_ids.new_ones(input_ids.shape) if mask is None else mask
-    columns = slice(-min(position_ids.shape[1], mask.shape[1]), None)
-    is_other = positions_of(mask)[:, columns] != position_ids[:, columns]
-    return bool((is_other & (mask[:, columns] != 0)).any())
-
-
-def _lacks_text(input_ids: torch.Tensor, mask: torch.Tensor | None, cache: Any) -> bool:
-    if type(cache) is not DynamicCache or cache.get_seq_length() == 0:
-        return False
-    length = input_ids.shape[1]
-    return cache.get_seq_length() >= length or (mask is not None and mask.shape[1] != length)
-
-
-def _outgrows_rope(
-    model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor | None, generation_config: GenerationConfig
-) -> bool:
-    config = model.config.get_text_config(decoder=True)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") not in ("longrope", "dynamic") or generation_config.max_length is None:
-        return False
-    columns = input_ids.shape[1]
-    shortest, longest = (columns, columns) if mask is None else (int(mask.sum(1).min()), int(mask.sum(1).max()))
-    longest += generation_config.max_length - columns
-    if rope["rope_type"] == "dynamic":
-        # From there on every length has rotations of its own, and a batch those of its longest row.
-        return len(input_ids) > 1 and longest > config.max_position_embeddings
-    limit = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
-    # There they change once, and a plain `generate` begins anew without its cache.
-    return shortest <= limit < longest

@@ -23,7 +23,7 @@ from .caches import (
     take_fixed_cache,
 )
 from .candidate_generator import JudgeCandidateGenerator, PromptLookup
-from .checks import check_supported, checked_draft_length, checked_judge, warn_once
+from .checks import checked_draft_length, checked_judge, warn_once
 from .draft_length import draft_schedule
 from .forward import (
     HeadInputs,
@@ -37,6 +37,7 @@ from .forward import (
 from .judging import Judging
 from .outputs import JudgeDecoderOnlyOutput, KeptOutputs
 from .rows import RowProcessors, Rows, StopRule
+from .supported import check_supported
 from .verification import verify_greedy, verify_sampled
 
 

@@ -36,7 +36,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 import autojudge_hf.adapter
-from autojudge_hf import AutoJudge, JudgeConfig, JudgeDecoderOnlyOutput, checks, judge_decoding
+from autojudge_hf import AutoJudge, JudgeConfig, JudgeDecoderOnlyOutput, judge_decoding, supported
 from autojudge_hf.caches import CACHE_NAME, shrink
 from autojudge_hf.features import judge_inputs
 from autojudge_hf.outputs import COUNTS
@@ -886,7 +886,7 @@ def test_models_that_are_refused(random_pair, top_k, monkeypatch):
 def test_sharded_models_are_refused(random_pair, top_k, monkeypatch):
     """Every forward would wait for the other processes', which need another number of them."""
     model, assistant = random_pair
-    monkeypatch.setattr(checks, "is_fsdp_managed_module", lambda m: m is assistant)
+    monkeypatch.setattr(supported, "is_fsdp_managed_module", lambda m: m is assistant)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(ValueError, match="FSDP or ZeRO-3"):
         model.generate(PROMPT, max_new_tokens=5, assistant_model=assistant, judge=top_k)

@@ -28,6 +28,7 @@ ORDER = [
     "auto",
     "draft_length",
     "checks",
+    "supported",
     "judging",
     "candidate_generator",
     "rows",
