@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
 from .generation import judge_decoding
+from .supported import check_models
 
 
 if TYPE_CHECKING:
@@ -66,8 +67,7 @@ def _with_judge(generate):
 
 def _check_models(model: Any, assistant_model: Any) -> None:
     """What `generate` would begin to run, or fail on, before the loop can refuse it."""
-    if model.config.is_encoder_decoder:
-        raise ValueError("Judge decoding doesn't support encoder-decoder models.")
+    check_models(model)
     if assistant_model is not None and not isinstance(assistant_model, torch.nn.Module):
         raise ValueError(
             f"`assistant_model` must be a model, got {type(assistant_model).__name__}. Load one with "
