@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .checks import checked_draft_length
 from .configuration import GREEDY_SETTINGS, public_name
 from .forward import eos_token_ids, max_positions
-from .mined_examples import MinedExamples
+from .mined_examples import FinishedExample, MinedExamples
 from .mined_features import FEATURES_DTYPES, described, described_layout, feature_layout
 from .search import SemiGreedySearch
 from .supported import check_models
@@ -104,15 +104,7 @@ def mine_mismatches(
         ValueError: for an empty prompt or one that leaves no room in a model's context, and for an `output_dir` that
             isn't empty and wasn't written under the same settings.
     """
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` must be an int of at least 1, got {value!r}.")
-    if features_dtype not in (*FEATURES_DTYPES, None):
-        raise ValueError(f"`features_dtype` must be one of {[*FEATURES_DTYPES, None]}, got {features_dtype!r}.")
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise ValueError(f"`seed` must be an int of 64 bits, got {seed!r:.50}.")
-    if not isinstance(temperature, (int, float)) or not 0.0 <= temperature < math.inf:
-        raise ValueError(f"`temperature` must be 0 (greedy) or a positive number, got {temperature!r}.")
+    _check_arguments(max_new_tokens, batch_size, features_dtype, seed, temperature)
     examples = checked_examples(dataset, task)
     draft_length = checked_draft_length(num_assistant_tokens, assistant_model, None)
     check_models(model, assistant_model)
@@ -164,22 +156,9 @@ def mine_mismatches(
     started, counts = time.perf_counter(), Counter()
     hook = model.register_forward_pre_hook(lambda *_: counts.update({"target forwards": 1}))
     try:
-        # Where the task failed it may be mended by now.
-        finished = {i: example for i, example in store.finished().items() if not example.failed}
-        share = range(state.process_index, len(examples), state.num_processes)
-        waiting = [(i, examples[i], prompts[i]) for i in share if i not in finished]
-        total = len(finished) + len(waiting)
-        with tqdm(total=total, initial=len(finished), desc="mining", unit="problem") as progress:
-            for example in finished.values():
-                counts.update(example.counts)
-            for i, example in search(waiting, batch_size):
-                if features_dtype is None:
-                    example.rows = [{**row, "features": []} for row in example.rows]
-                store.save(i, example)
-                counts.update(example.counts)
-                important = counts["important"] / max(1, counts["mismatches"])
-                progress.set_postfix({**counts, "important": f"{important:.1%}"})
-                progress.update()
+        own = range(state.process_index, len(examples), state.num_processes)
+        share = [(i, examples[i], prompts[i]) for i in own]
+        _mine(search, share, store, batch_size, counts, keeps_features=features_dtype is not None)
         state.wait_for_everyone()
         with state.main_process_first():
             finished = store.finished()
@@ -187,20 +166,69 @@ def mine_mismatches(
     finally:
         hook.remove()
         store.close()
-    reasons = Counter(example.skipped for example in finished.values() if example.skipped)
+    took = (
+        f"{counts['target forwards']} target forwards and {time.perf_counter() - started:.0f} seconds in this "
+        f"process, {_peak_memory(model.device)}"
+    )
+    _report(finished.values(), len(examples), took if state.is_main_process else None)
+    return mined
+
+
+def _check_arguments(
+    max_new_tokens: int, batch_size: int, features_dtype: str | None, seed: int, temperature: float
+) -> None:
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must be an int of at least 1, got {value!r}.")
+    if features_dtype not in (*FEATURES_DTYPES, None):
+        raise ValueError(f"`features_dtype` must be one of {[*FEATURES_DTYPES, None]}, got {features_dtype!r}.")
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"`seed` must be an int of 64 bits, got {seed!r:.50}.")
+    if not isinstance(temperature, (int, float)) or not 0.0 <= temperature < math.inf:
+        raise ValueError(f"`temperature` must be 0 (greedy) or a positive number, got {temperature!r}.")
+
+
+def _mine(
+    search: SemiGreedySearch,
+    share: list[tuple[int, Mapping[str, Any], list[int]]],
+    store: MinedExamples,
+    batch_size: int,
+    counts: Counter,
+    *,
+    keeps_features: bool,
+) -> None:
+    """Searches what isn't finished of this process' share (example ids, examples, prompts), and saves it."""
+    # Where the task failed it may be mended by now.
+    finished = {i: example for i, example in store.finished().items() if not example.failed}
+    waiting = [(i, example, prompt) for i, example, prompt in share if i not in finished]
+    for example in finished.values():
+        counts.update(example.counts)
+    total = len(finished) + len(waiting)
+    with tqdm(total=total, initial=len(finished), desc="mining", unit="problem") as progress:
+        for i, example in search(waiting, batch_size):
+            if not keeps_features:
+                example.rows = [{**row, "features": []} for row in example.rows]
+            store.save(i, example)
+            counts.update(example.counts)
+            important = counts["important"] / max(1, counts["mismatches"])
+            progress.set_postfix({**counts, "important": f"{important:.1%}"})
+            progress.update()
+
+
+def _report(finished: Collection[FinishedExample], num_examples: int, took: str | None) -> None:
+    """Warns of what was skipped; says what was mined, and what it took, in the process that is told that."""
+    reasons = Counter(example.skipped for example in finished if example.skipped)
     if reasons:
         listed = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(5))
-        logger.warning(f"{reasons.total()} of {len(examples)} examples were skipped: {listed}")
-    if state.is_main_process:
-        important = sum(example.counts.get("important", 0) for example in finished.values())
+        logger.warning(f"{reasons.total()} of {num_examples} examples were skipped: {listed}")
+    if took is not None:
+        mismatches, important = (sum(x.counts.get(name, 0) for x in finished) for name in ("mismatches", "important"))
         # To where the progress bar is, as its last word.
         tqdm.write(
-            f"mined {len(finished)} examples ({reasons.total()} skipped): {len(mined)} mismatches, "
-            f"{important / max(1, len(mined)):.1%} important; {counts['target forwards']} target forwards and "
-            f"{time.perf_counter() - started:.0f} seconds in this process, {_peak_memory(model.device)}",
+            f"mined {len(finished)} examples ({reasons.total()} skipped): {mismatches} mismatches, "
+            f"{important / max(1, mismatches):.1%} important; {took}",
             file=sys.stderr,
         )
-    return mined
 
 
 def _prompt_ids(

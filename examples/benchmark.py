@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from transformers import CompileConfig
 
 from autojudge_hf import AutoJudge, judge_decoding
-from autojudge_hf.evaluation import decode_batch
+from autojudge_hf.measuring import decode_batch
 from autojudge_hf.tasks import GSM8K
 
 

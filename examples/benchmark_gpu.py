@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from autojudge_hf import AutoJudge, Judge, JudgeConfig, judge_decoding
 from autojudge_hf.caches import kept_caches
-from autojudge_hf.evaluation import decode_batch
+from autojudge_hf.measuring import decode_batch
 
 
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "rope_theta": 500000.0, "num_key_value_heads": 8}

@@ -32,7 +32,7 @@ from autojudge_hf import (
     judge_decoding,
     mine_mismatches,
 )
-from autojudge_hf.evaluation import measure_decoding
+from autojudge_hf.measuring import measure_decoding
 from autojudge_hf.tasks import GSM8K, LiveCodeBench, Task
 
 

@@ -25,7 +25,8 @@ from autojudge_hf import (
     judge_decoding,
     mine_mismatches,
 )
-from autojudge_hf.evaluation import highlight_accepted, measure_decoding
+from autojudge_hf.highlighting import highlight_accepted
+from autojudge_hf.measuring import measure_decoding
 from autojudge_hf.tasks import GSM8K
 
 

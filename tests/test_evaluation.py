@@ -11,7 +11,9 @@ import torch
 from conftest import random_llama, similar_model
 
 from autojudge_hf import AutoJudge, JudgeConfig, evaluate_judge, evaluation_summary
-from autojudge_hf.evaluation import _trimmed, highlight_accepted, measure_decoding, paired_interval
+from autojudge_hf.evaluation import paired_interval
+from autojudge_hf.highlighting import highlight_accepted
+from autojudge_hf.measuring import _trimmed, measure_decoding
 from autojudge_hf.tasks import GSM8K, Task
 
 

@@ -36,7 +36,7 @@ def main() -> None:
     from loading import load_pair, load_problems
 
     from autojudge_hf import AutoJudge
-    from autojudge_hf.evaluation import highlight_accepted
+    from autojudge_hf.highlighting import highlight_accepted
     from autojudge_hf.tasks import GSM8K
 
     judge = AutoJudge.from_pretrained(args.judge)
