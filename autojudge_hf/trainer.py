@@ -21,9 +21,9 @@ from .auto import AutoJudge
 from .configuration import JudgeConfig
 from .fitting import fit_judges, folds, roc_auc
 from .hub import create_repo
-from .mined_examples import pairs_in
 from .modeling import SAVED_NAMES
 from .training_args import JudgeTrainingArguments
+from .training_rows import check_both_kinds, common_pair, split_by_example, to_arrays
 from .verification import harmless
 
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
-REQUIRED_COLUMNS = ("example_id", "label", "features", "pair")
 # With fewer important mismatches than this, a judge is hardly more than these.
 FEW_IMPORTANT = 10
 
@@ -75,12 +74,11 @@ class JudgeTrainer:
         self.compute_metrics = compute_metrics
         self.state = JudgeTrainerState()
         self._check_output_dir()
-        self._pairs: set[str] = set()
-        self._check_pairs(train_dataset, "train_dataset")
+        self._pair = common_pair(None, train_dataset, "train_dataset")
         if eval_dataset is None:
-            train_dataset, eval_dataset = self._split(train_dataset)
+            train_dataset, eval_dataset = split_by_example(train_dataset, args.validation_size, args.seed)
         else:
-            self._check_pairs(eval_dataset, "eval_dataset")
+            common_pair(self._pair, eval_dataset, "eval_dataset")
             if shared := set(train_dataset["example_id"]) & set(eval_dataset["example_id"]):
                 logger.warning(
                     f"{len(shared)} example ids are in both datasets. If they are the same problems, the AUC is too "
@@ -88,9 +86,11 @@ class JudgeTrainer:
                 )
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.judge = AutoJudge.from_config(self._config())
-        self._train, self._eval = self._arrays(train_dataset, "training"), self._arrays(eval_dataset, "validation")
-        _check_both_kinds(self._train[1], "training")
-        _check_both_kinds(self._eval[1], "validation")
+        width = self.judge.config.num_features
+        self._train = to_arrays(train_dataset, "training", width)
+        self._eval = to_arrays(eval_dataset, "validation", width)
+        check_both_kinds(self._train[1], "training")
+        check_both_kinds(self._eval[1], "validation")
         if args.push_to_hub:
             # Now, so that a bad name or token is told before the fit.
             create_repo(self._hub_model_id(), private=args.hub_private_repo, token=args.hub_token)
@@ -160,9 +160,9 @@ class JudgeTrainer:
 
     def predict(self, test_dataset: datasets.Dataset, metric_key_prefix: str = "test") -> PredictionOutput:
         """Scores in [0, 1] of a mined dataset, labels, and those metrics of `evaluate` that the labels allow."""
-        self._check_pairs(test_dataset, "test_dataset")
+        common_pair(self._pair, test_dataset, "test_dataset")
         self._check_trained()
-        features, labels = self._arrays(test_dataset, metric_key_prefix)
+        features, labels = to_arrays(test_dataset, metric_key_prefix, self.judge.config.num_features)
         logits = self.judge.decision_function(torch.from_numpy(features))
         scores = torch.sigmoid(logits).numpy()
         accepted = harmless(logits, self.judge.config.threshold).numpy()
@@ -235,22 +235,6 @@ class JudgeTrainer:
         if self.state.best_metric is None:
             raise ValueError("The judge isn't trained yet and would accept nothing. Call `train()` first.")
 
-    def _check_pairs(self, dataset: datasets.Dataset, name: str) -> None:
-        """All rows, those of earlier calls included, must come from one mining."""
-        pairs = self._pairs | _pairs(dataset, name)
-        if len(pairs) != 1:
-            read = [json.loads(pair) for pair in sorted(pairs)]
-            differences = [
-                f"{key}: " + " or ".join(dict.fromkeys(json.dumps(pair.get(key)) for pair in read))
-                for key in sorted(set().union(*read))
-                if any(pair.get(key) != read[0].get(key) for pair in read)
-            ]
-            raise ValueError(
-                f"The rows come from {len(pairs)} different minings, expected one: a judge knows one pair and one "
-                f"setting. They differ in {'; '.join(differences)}."
-            )
-        self._pairs = pairs
-
     def _check_output_dir(self) -> None:
         folder = Path(self.args.output_dir)
         if folder.exists() and not folder.is_dir():
@@ -262,36 +246,8 @@ class JudgeTrainer:
                 "folder, or pass `overwrite_output_dir=True` to replace these."
             )
 
-    def _split(self, dataset: datasets.Dataset) -> tuple[datasets.Dataset, datasets.Dataset]:
-        """Holds out whole examples: rows of one response are far too alike to be on both sides."""
-        ids = np.asarray(dataset["example_id"])
-        examples = np.random.default_rng(self.args.seed).permutation(np.unique(ids))
-        if len(examples) < 2:
-            raise ValueError("The rows are of one example, and none is left to hold out. Mine more examples.")
-        num_held_out = max(1, round(self.args.validation_size * len(examples)))
-        held_out = np.isin(ids, examples[:num_held_out])
-        return dataset.select(np.flatnonzero(~held_out)), dataset.select(np.flatnonzero(held_out))
-
-    def _arrays(self, dataset: datasets.Dataset, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Features as float32 of shape `(n, f)` and labels of shape `(n,)`, checked."""
-        labels = np.asarray(dataset["label"], dtype=np.int64)
-        if other := sorted(set(labels.tolist()) - {0, 1}):
-            raise ValueError(f"A label is 0 (unimportant) or 1 (important), the {name} rows hold {other}.")
-        features, width = dataset.with_format("numpy")["features"][:], self.judge.config.num_features
-        if features.ndim != 2 or features.shape[1] != width:
-            widths = sorted({len(row) for row in features})
-            raise ValueError(f"Expected {width} features in each of the {name} rows, as `pair` says, got {widths}.")
-        features = features.astype(np.float32, copy=False)
-        finite = np.isfinite(features).all(axis=1)
-        if not finite.all():
-            raise ValueError(
-                f"{(~finite).sum()} of the {len(finite)} {name} rows have features that aren't finite, the first is "
-                f"row {np.flatnonzero(~finite)[0]}. Mine them again in a wider dtype, or drop them."
-            )
-        return features, labels
-
     def _config(self) -> JudgeConfig:
-        pair = json.loads(next(iter(self._pairs)))
+        pair = json.loads(self._pair)
         if pair["features"] is None:
             raise ValueError("The rows hold tokens only. Give them features first, with `compute_features`.")
         target, assistant = pair["target"], pair["assistant"]
@@ -347,30 +303,3 @@ class JudgeTrainer:
             "C": C,
             "Validation ROC-AUC": round(auc, 4),
         }
-
-
-def _pairs(dataset: datasets.Dataset, name: str) -> set[str]:
-    import datasets
-
-    if not isinstance(dataset, datasets.Dataset):
-        raise ValueError(
-            f"`{name}` must be a `datasets.Dataset`, as `mine_mismatches` returns it, got {type(dataset).__name__}."
-        )
-    missing = [column for column in REQUIRED_COLUMNS if column not in dataset.column_names]
-    if missing:
-        raise ValueError(
-            f"`{name}` lacks the columns {missing}. Expected what `mine_mismatches` returns "
-            f"({sorted(REQUIRED_COLUMNS)} at least), got {sorted(dataset.column_names)}."
-        )
-    if len(dataset) == 0:
-        raise ValueError(f"`{name}` has no rows. Mine more examples.")
-    return pairs_in(dataset)
-
-
-def _check_both_kinds(labels: np.ndarray, name: str) -> None:
-    for label, meaning in ((0, "unimportant"), (1, "important")):
-        if not (labels == label).any():
-            raise ValueError(
-                f"The {name} rows ({len(labels)}) hold no {meaning} mismatch, and a judge has to see both kinds. "
-                "Mine more examples, or hold out others (`validation_size`, `seed`)."
-            )

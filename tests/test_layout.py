@@ -47,6 +47,7 @@ ORDER = [
     "calibration",
     "highlighting",
     "training_args",
+    "training_rows",
     "fitting",
     "trainer",
     "__init__",
