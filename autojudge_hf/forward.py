@@ -35,8 +35,22 @@ def forward_parameters(model: PreTrainedModel) -> frozenset[str]:
     accepted = _parameters(type(model))
     if "position_ids" in accepted:  # nearly always, and looked up twice a forward
         return accepted
+    return _parameters(type(_unwrapped(model)))
+
+
+def _unwrapped(model: PreTrainedModel) -> PreTrainedModel:
     model = getattr(model, "_orig_mod", model)
-    return _parameters(type(model.get_base_model() if hasattr(model, "get_base_model") else model))
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_compiled(model: PreTrainedModel) -> bool:
+    """Whether somebody compiled the model's forward, in one of the three ways that torch has for it."""
+    return any(
+        hasattr(module, "_orig_mod")
+        or module._compiled_call_impl is not None
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in (model, _unwrapped(model))
+    )
 
 
 class Pass(NamedTuple):
@@ -59,11 +73,22 @@ class HeadInputs(contextlib.AbstractContextManager):
     One serves all forwards of a call, since to find the module and hook it for each takes longer than to read it.
 
     Attributes:
+        are_captured (`bool`): whether every layer's have to be captured after all, since a forward that the caller
+            compiled may run a graph from before there was a hook.
         newest (`torch.FloatTensor` of shape `(b, n, h)`): what the newest of this thread's forwards read.
+
+    Raises:
+        ValueError: for a compiled model whose head reads something else than the last of all layers' states.
     """
 
     def __init__(self, model: PreTrainedModel):
         self.model, self._hook = model, None
+        self.are_captured = is_compiled(model)
+        if self.are_captured and not head_reads_last_states(model):
+            raise ValueError(
+                f"The states that a judge reads can't be had from a compiled {type(_unwrapped(model)).__name__}. Pass "
+                "it as it was before `torch.compile`."
+            )
 
     def listen(self) -> None:
         """Hooks the module, unless that was done; forwards that are compiled never ask for it."""
@@ -105,7 +130,8 @@ def cached_forward(
     """
     if isinstance(cache, FixedCache):
         return _fixed_forward(model, tokens, cache, attention_mask, num_logits, head is not None, output_hidden_states)
-    if head is not None:
+    captures = output_hidden_states or (head is not None and head.are_captured)
+    if head is not None and not head.are_captured:
         head.listen()
     with torch.inference_mode():
         inputs = _model_inputs(model, tokens, cache, num_logits)
@@ -116,8 +142,9 @@ def cached_forward(
             # Not every model would count them as `generate` does (RoBERTa).
             first = cache.get_seq_length()
             inputs["position_ids"] = torch.arange(first, first + tokens.shape[1], device=tokens.device)[None]
-        outputs = model(**inputs, output_hidden_states=output_hidden_states, return_dict=True)
-    return Pass(outputs.logits, head and head.newest, outputs.hidden_states)
+        outputs = model(**inputs, output_hidden_states=captures, return_dict=True)
+    states = head and (outputs.hidden_states[-1] if head.are_captured else head.newest)
+    return Pass(outputs.logits, states, outputs.hidden_states)
 
 
 @torch.no_grad()
@@ -242,11 +269,16 @@ _reads_last_states: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary
 def head_reads_last_states(model: PreTrainedModel) -> bool:
     """Whether a model's head reads the last of its hidden states as they are; some scale or mix them first."""
     if model not in _reads_last_states:
-        token = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
-        with HeadInputs(model) as head:
-            head.listen()
-            states = model(input_ids=token, output_hidden_states=True, return_dict=True).hidden_states
-        _reads_last_states[model] = states is not None and torch.equal(states[-1], head.newest)
+        token, seen = torch.zeros(1, 1, dtype=torch.long, device=input_device(model)), []
+        hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        # Where graphs have no hooks. (To ask for that takes seconds in a process that compiles nothing.)
+        uncompiled = torch.compiler.set_stance("force_eager") if is_compiled(model) else contextlib.nullcontext()
+        try:
+            with uncompiled:
+                states = model(input_ids=token, output_hidden_states=True, return_dict=True).hidden_states
+        finally:
+            hook.remove()
+        _reads_last_states[model] = states is not None and torch.equal(states[-1], seen[-1])
     return _reads_last_states[model]
 
 

@@ -230,11 +230,19 @@ class RuleJudge(TopKJudge):
 
     judge_type = "rule"
 
+    def __init__(self, config: JudgeConfig):
+        super().__init__(config)
+        # By token id, on the device like weights, so that a question waits for nothing. All above the highest of the
+        # important ones share the last place.
+        is_symbol = torch.zeros(max(config.important_token_ids, default=-1) + 2, dtype=torch.bool)
+        is_symbol[config.important_token_ids] = True
+        self.register_buffer("is_symbol", is_symbol, persistent=False)
+
     def forward(self, inputs: JudgeInputs) -> torch.Tensor:
-        own = inputs.target_logits.argmax(dim=-1)
-        token_ids = torch.tensor(self.config.important_token_ids, dtype=torch.long, device=own.device)
-        is_symbol = torch.isin(inputs.candidate_ids, token_ids) | torch.isin(own, token_ids)
-        return torch.where(is_symbol, torch.inf, super().forward(inputs))
+        own, is_symbol = inputs.target_logits.argmax(dim=-1), self.is_symbol.to(inputs.candidate_ids.device)
+        last = len(is_symbol) - 1
+        is_important = is_symbol[inputs.candidate_ids.clamp(max=last)] | is_symbol[own.clamp(max=last)]
+        return torch.where(is_important, torch.inf, super().forward(inputs))
 
 
 def symbol_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -601,6 +601,32 @@ def test_rows_leave_a_cache_that_is_filled_in_part(top_k):
         assert torch.equal(model.generate(**batch, max_new_tokens=30, **options, **more), expected)
 
 
+@pytest.mark.parametrize("way", ["forward", "whole forward", "compile"])
+def test_a_compiled_target_gives_a_judge_its_states(random_pair, linear_judge, way):
+    """A graph from before there was a hook has none, and isn't guarded by whether there is one."""
+    model, assistant = copy.deepcopy(random_pair)
+    options = {"assistant_model": assistant, "judge": linear_judge, "max_new_tokens": 30}
+    options |= {"do_sample": False, "num_assistant_tokens": 5, "return_dict_in_generate": True}
+    thresholds, prompt = (0.0, 0.5), torch.tensor([[7,7,3]])
+    expected = [model.generate(prompt, judge_threshold=threshold, **options) for threshold in thresholds]
+    assert expected[1].num_judge_accepted > 0 and expected[1].num_judge_rejected > 0
+    if way == "compile":
+        model.compile(backend="eager")
+    else:
+        model.forward = torch.compile(model.forward, backend="eager", fullgraph=way == "whole forward")
+    for threshold, output in zip(thresholds, expected):
+        compiled = model.generate(prompt, judge_threshold=threshold, **options)
+        assert torch.equal(compiled.sequences, output.sequences)
+        assert torch.equal(compiled.num_judge_accepted, output.num_judge_accepted)
+
+
+def test_a_compiled_target_that_mixes_states_for_its_head(linear_judge):
+    model = random_model("gemma3n_text", seed=0)
+    model.forward = torch.compile(model.forward, backend="eager")
+    with pytest.raises(ValueError, match="compiled Gemma3nForCausalLM"):
+        model.generate(PROMPT, assistant_model=random_model("gemma3n_text", seed=0), judge=linear_judge)
+
+
 def test_a_compiled_assistant_drafts_as_well(random_pair, top_k):
     """A wrapper's `forward` doesn't name the positions, without which a padded row is drafted for badly."""
     model, assistant = random_pair
