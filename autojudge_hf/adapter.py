@@ -49,6 +49,9 @@ def _with_judge(generate):
         args = args[len(names[1:]) :]
         if kwargs.get("synced_gpus"):
             raise ValueError("Judge decoding doesn't support `synced_gpus`: ranks differ in their number of forwards.")
+        if kwargs.get("cache_implementation") == "paged":
+            # `generate` would go another way before it sees whose loop to run.
+            raise ValueError("Judge decoding doesn't support `cache_implementation='paged'` (continuous batching).")
         _check_models(self, kwargs.get("assistant_model"))
         _check_tokenizers(kwargs)
         _stop_strings_to_criterion(self, kwargs)

@@ -177,7 +177,8 @@ def take_fixed_cache(
         alike = [cache for cache in kept if (cache.num_rows, cache.is_inference) == (num_rows, is_inference)]
         fitting = [cache for cache in reversed(alike) if cache.max_length >= length]
         cache = min(fitting, key=lambda cache: cache.max_length, default=None)
-        kept_caches[model] = [other for other in kept if other is not cache]
+        # Room for the one that this call gives back.
+        kept_caches[model] = [other for other in kept if other is not cache][1 - _NUM_KEPT :]
     if cache is None:
         # Another size is compiled anew.
         length = max([length, *(2 * smaller.max_length for smaller in alike)])
@@ -305,6 +306,8 @@ def leave_behind(cache: Cache, length: int) -> None:
         if (excess := layer.get_seq_length() - length) > 0:
             layer.crop(-excess)
         layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.record_past = False  # or it would forget nothing from now on
 
 
 def shrink(cache: Cache, rows: Sequence[int], num_columns: int) -> None:

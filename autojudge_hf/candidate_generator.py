@@ -249,7 +249,7 @@ class PromptLookup(CandidateGenerator):
         padded = torch.nn.utils.rnn.pad_sequence(drafts, batch_first=True)
         for i in range(padded.shape[1] if process is not None else 0):
             logits = torch.zeros(len(padded), 1, self.vocab_size, device=padded.device)
-            logits = process(padded[:, :i], logits, lengths=self.lengths)[:, 0]
+            logits = process(padded[:, :i], logits, lengths=self.lengths, only_forbid=True)[:, 0]
             is_forbidden = logits.gather(1, padded[:, i : i + 1]).isinf()[:, 0].tolist()
             self.lengths = [min(n, i) if forbidden else n for n, forbidden in zip(self.lengths, is_forbidden)]
         return torch.cat([input_ids, padded], dim=1), None

@@ -35,10 +35,11 @@ def forward_parameters(model: PreTrainedModel) -> frozenset[str]:
     accepted = _parameters(type(model))
     if "position_ids" in accepted:  # nearly always, and looked up twice a forward
         return accepted
-    return _parameters(type(_unwrapped(model)))
+    return _parameters(type(unwrapped(model)))
 
 
-def _unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    """What `torch.compile` and PEFT wrap."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -49,7 +50,7 @@ def is_compiled(model: PreTrainedModel) -> bool:
         hasattr(module, "_orig_mod")
         or module._compiled_call_impl is not None
         or hasattr(module.forward, "_torchdynamo_orig_callable")
-        for module in (model, _unwrapped(model))
+        for module in (model, unwrapped(model))
     )
 
 
@@ -86,7 +87,7 @@ class HeadInputs(contextlib.AbstractContextManager):
         self.are_captured = is_compiled(model)
         if self.are_captured and not head_reads_last_states(model):
             raise ValueError(
-                f"The states that a judge reads can't be had from a compiled {type(_unwrapped(model)).__name__}. Pass "
+                f"The states that a judge reads can't be had from a compiled {type(unwrapped(model)).__name__}. Pass "
                 "it as it was before `torch.compile`."
             )
 

@@ -233,10 +233,10 @@ class RuleJudge(TopKJudge):
     def __init__(self, config: JudgeConfig):
         super().__init__(config)
         # By token id, on the device like weights, so that a question waits for nothing. All above the highest of the
-        # important ones share the last place.
-        is_symbol = torch.zeros(max(config.important_token_ids, default=-1) + 2, dtype=torch.bool)
-        is_symbol[config.important_token_ids] = True
-        self.register_buffer("is_symbol", is_symbol, persistent=False)
+        # important ones share the last place. (Judges are loaded on the meta device.)
+        symbols = set(config.important_token_ids)
+        is_symbol = [token in symbols for token in range(max(symbols, default=-1) + 2)]
+        self.register_buffer("is_symbol", torch.tensor(is_symbol, device="cpu"), persistent=False)
 
     def forward(self, inputs: JudgeInputs) -> torch.Tensor:
         own, is_symbol = inputs.target_logits.argmax(dim=-1), self.is_symbol.to(inputs.candidate_ids.device)

@@ -23,6 +23,7 @@ from transformers import (
     StoppingCriteriaList,
     SynthIDTextWatermarkLogitsProcessor,
     TemperatureLogitsWarper,
+    TopHLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
@@ -35,6 +36,7 @@ OF_SCORES = (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TopHLogitsWarper,
     MinPLogitsWarper,
     TypicalLogitsWarper,
     EpsilonLogitsWarper,
@@ -144,7 +146,12 @@ class RowProcessors:
         #: Those for all rows and positions at once, where none looks at the tokens before.
         self.of_scores = processors if all(type(x) in OF_SCORES for x in processors) else None
         self.processors = [
-            LogitsProcessorList(_numbered(processor, row) for processor in processors) for row in range(batch_size)
+            LogitsProcessorList(_numbered(processor, row, batch_size) for processor in processors)
+            for row in range(batch_size)
+        ]
+        #: Without those that cut a distribution's tail: what they leave says which tokens can't be.
+        self.that_forbid = [
+            LogitsProcessorList(x for x in of_row if type(x) not in OF_SCORES) for of_row in self.processors
         ]
 
     def __call__(
@@ -154,13 +161,16 @@ class RowProcessors:
         candidate_ids: torch.LongTensor,
         logits: torch.Tensor,
         lengths: Sequence[int] | None = None,
+        only_forbid: bool = False,
     ) -> torch.Tensor:
         """Logits of shape `(a, n, v)`, of which the last follow `rows` and all of `candidate_ids`, `(a, i)`.
 
         Of row j's candidates there is room for `room[j]`, and `lengths[j]` are real, all by default: what follows the
-        others, or an EOS token, is for no processor to see.
+        others, or an EOS token, is for no processor to see. Those that cut a distribution's tail take no part where
+        the logits aren't a model's (`only_forbid`).
         """
-        if not any(self.processors):
+        processors = self.that_forbid if only_forbid else self.processors
+        if not any(processors):
             return logits
         if self.of_scores is not None:
             return self.of_scores(candidate_ids, logits.flatten(0, 1)).view_as(logits)
@@ -177,12 +187,19 @@ class RowProcessors:
                     processed.append(logits[j, i][None])
                     continue
                 seen = tokens[:, : tokens.shape[1] - n + 1 + i]
-                processed.append(self.processors[row](seen, logits[j, i][None].clone()))
+                processed.append(processors[row](seen, logits[j, i][None].clone()))
         return torch.cat(processed).view_as(logits)
 
 
-def _numbered(processor: LogitsProcessor, row: int) -> LogitsProcessor:
+def _is_strange(x: object) -> bool:
+    """Whether a processor or criterion is somebody else's, and so may go by a row's number in the batch."""
+    return type(x).__module__.split(".")[0] not in ("transformers", __package__)
+
+
+def _numbered(processor: LogitsProcessor, row: int, batch_size: int) -> LogitsProcessor:
     """The processor for a row on its own, which would otherwise count as row 0 of the batch."""
+    if batch_size > 1 and _is_strange(processor):
+        return _AsBatch(processor, row, batch_size)
     if isinstance(processor, PrefixConstrainedLogitsProcessor):
         allowed = processor._prefix_allowed_tokens_fn
         processor = copy.copy(processor)
@@ -193,6 +210,17 @@ def _numbered(processor: LogitsProcessor, row: int) -> LogitsProcessor:
             processor = copy.copy(processor)
             processor.prompt_ignore_length = ignored[row : row + 1]
     return processor
+
+
+class _AsBatch(LogitsProcessor):
+    """Shows a processor a batch in which every row is the one at hand, and takes that row's logits."""
+
+    def __init__(self, processor: LogitsProcessor, row: int, batch_size: int):
+        self.processor, self.row, self.batch_size = processor, row, batch_size
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        processed = self.processor(input_ids.repeat(self.batch_size, 1), scores.repeat(self.batch_size, 1))
+        return processed[self.row : self.row + 1]
 
 
 class MaxRowLengths(StoppingCriteria):
@@ -218,6 +246,8 @@ class StopRule:
         self.others = StoppingCriteriaList(
             c for c in criteria if not isinstance(c, (MaxLengthCriteria, MaxRowLengths, EosTokenCriteria))
         )
+        # Somebody else's are shown a batch in which every row is the one at hand.
+        self._num_shown = batch_size if any(map(_is_strange, self.others)) else 1
 
     def room(self, rows: Rows, j: int) -> int:
         """How many tokens active row j may still commit."""
@@ -232,13 +262,16 @@ class StopRule:
         Criteria may look at `scores`: those of its whole response, a tensor of shape `(1, v)` for each token.
         """
         room = self.room(rows, j)
-        history = rows.history(rows.active[j]) if self.others else None
+        row, shown = rows.active[j], self._num_shown
+        history = rows.history(row) if self.others else None
         for i, token in enumerate(new_tokens, start=1):
             if token in self.eos_token_ids or i >= room:
                 return i, True
             if history is not None:
-                seen = torch.cat([history, history.new_tensor(new_tokens[:i])])[None]
+                seen = torch.cat([history, history.new_tensor(new_tokens[:i])]).repeat(shown, 1)
                 so_far = None if scores is None else scores[: len(scores) - len(new_tokens) + i]
-                if self.others(seen, so_far).all():
+                if so_far is not None and shown > 1:
+                    so_far = tuple(of_token.expand(shown, -1) for of_token in so_far)
+                if self.others(seen, so_far)[row if shown > 1 else 0]:
                     return i, True
         return len(new_tokens), False

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from .caches import CACHE_NAME, other_layers
 from .checks import warn_once
-from .forward import positions_of, takes_positions, vocab_size
+from .forward import positions_of, takes_positions, unwrapped, vocab_size
 
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def check_supported(
         "assistant_early_exit": config.assistant_early_exit,
     }
     given = [name for name, value in drafters.items() if value is not None]
+    told = _told_by_peft(model)
     reasons = {
         **_reasons_of_models(models),
         "prompts padded on the right or within (set `padding_side='left'`)": is_padded_behind,
@@ -87,6 +89,9 @@ def check_supported(
         ),
         "batches of models whose `forward` takes no `position_ids`": len(input_ids) > 1
         and not all(map(takes_positions, models)),
+        "`adapter_names` for several prompts: they would stay where they are when a row ends": len(input_ids) > 1
+        and "adapter_names" in told,
+        "activated LoRA (aLoRA), which goes by the number of tokens of a forward": "alora_offsets" in told,
         "streamers with several prompts": len(input_ids) > 1 and streamer is not None,
         "`use_cache=False`, or a model that has no cache": cache is None,
         f"the cache {type(cache).__name__}": not is_static and cache is not None and type(cache) is not DynamicCache,
@@ -107,6 +112,12 @@ def check_supported(
         )
     if config.compile_config is not None and not is_static:
         warn_once("Only fixed shapes are compiled: `compile_config` needs `cache_implementation='static'`.")
+    owner = _who_prepares_inputs(model)
+    if owner.__module__.split(".")[0] != "transformers":
+        warn_once(
+            f"{owner.__name__} has a `prepare_inputs_for_generation` of its own, which judge decoding doesn't call. "
+            "See whether `judge_threshold=0.0` gives what greedy decoding gives."
+        )
 
 
 def check_models(*models: PreTrainedModel) -> None:
@@ -126,6 +137,7 @@ def _reasons_of_models(models: Sequence[PreTrainedModel]) -> dict[str, bool]:
             and m.config.model_type not in DECODERS_ANYWAY
             for m in models
         ),
+        "prompt learning (PEFT), whose prompts it would leave out": _learned_its_prompt(models[0]),
         "models whose forward isn't of the text alone": any(m.config.model_type in UNLIKE_THEIR_TEXT for m in models),
         "models that cache no keys and values": any(m.config.model_type in WITHOUT_CACHES for m in models),
     }
@@ -134,6 +146,23 @@ def _reasons_of_models(models: Sequence[PreTrainedModel]) -> dict[str, bool]:
 def _refuse(reasons: dict[str, bool]) -> None:
     if refused := [reason for reason, applies in reasons.items() if applies]:
         raise ValueError("Judge decoding doesn't support: " + "; ".join(refused) + ".")
+
+
+def _told_by_peft(model: PreTrainedModel) -> set[str]:
+    """What PEFT tells its layers of this call, by hooks: each row's adapter, or where an activated LoRA begins."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return {name for hook in hooks if isinstance(hook, functools.partial) for name in hook.keywords}
+
+
+def _learned_its_prompt(model: PreTrainedModel) -> bool:
+    """Whether PEFT puts learned tokens in front; while it generates, by a method it lends the model inside."""
+    lent = vars(model).get("prepare_inputs_for_generation")
+    is_wrapper = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+    return is_wrapper or getattr(lent, "__self__", model) is not model
+
+
+def _who_prepares_inputs(model: PreTrainedModel) -> type:
+    return next(c for c in type(unwrapped(model)).__mro__ if "prepare_inputs_for_generation" in vars(c))
 
 
 def _says_nothing(name: str, value: Any, model: PreTrainedModel) -> bool:

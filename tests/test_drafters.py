@@ -10,12 +10,23 @@ import pytest
 import reference
 import torch
 from conftest import PROMPT, left_padded, random_llama
-from transformers import GenerationConfig, LlamaForCausalLM
+from transformers import (
+    EpsilonLogitsWarper,
+    GenerationConfig,
+    LlamaForCausalLM,
+    LogitsProcessorList,
+    SuppressTokensLogitsProcessor,
+    TopHLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
 import autojudge_hf.generation
 from autojudge_hf import AutoJudge, JudgeConfig, judge_decoding
+from autojudge_hf.candidate_generator import PromptLookup
 from autojudge_hf.draft_length import AdaptiveDraftLength, draft_schedule
 from autojudge_hf.forward import first_layers
+from autojudge_hf.rows import RowProcessors, Rows
 
 
 REPETITIVE = [[3, 14, 15, 9, 3, 14, 2, 3, 14, 15, 7, 2, 3], [5, 6, 5, 6, 5], [1, 2, 3, 1, 2, 3, 4, 1, 2, 9, 2]]
@@ -225,6 +236,20 @@ def test_a_lookup_never_offers_what_is_forbidden(random_pair):
     for suppressed, comes in (([8], True), ([7], False)):
         output = model.generate(prompt, suppress_tokens=suppressed, **options)
         assert (7 in output[0, prompt.shape[1] :].tolist()) == comes
+
+
+def test_a_lookup_drafts_whatever_cuts_a_tail(random_pair):
+    """What is forbidden is asked of logits that are all alike, of which a warper would cut some at random."""
+    model, _ = random_pair
+    prompt = torch.tensor([[11, 21, 31, 1, 11, 21]])
+    config = GenerationConfig(max_matching_ngram_size=2, max_length=99)
+    config._eos_token_tensor = None
+    warpers = [TopPLogitsWarper(0.1), TopHLogitsWarper(0.1), TypicalLogitsWarper(0.1), EpsilonLogitsWarper(0.1)]
+    for more, length in (([], 3), ([SuppressTokensLogitsProcessor([1])], 1)):
+        processors = RowProcessors(LogitsProcessorList(warpers + more), 1)
+        drafter = PromptLookup(model, config)
+        drafter.get_candidates(prompt, None, 3, functools.partial(processors, Rows(prompt, None), [3]))
+        assert drafter.lengths == [length]
 
 
 def test_adaptive_length_reacts_to_a_judge(random_pair, top_k):

@@ -593,6 +593,31 @@ def test_processors_are_not_asked_behind_an_eos_token(random_pair, top_k, num_ro
         assert torch.equal(model.generate(prompts, **options, **judged), expected)
 
 
+def test_strangers_may_go_by_the_number_of_a_row(random_pair, top_k):
+    """As stock `generate` shows them the batch: a limit of each row, and logits that each row prefers."""
+    model, assistant = random_pair
+
+    class Limits(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            if scores is not None:
+                assert all(of_token.shape == (3, 32) for of_token in scores)
+            return torch.tensor([input_ids.shape[1] >= limit for limit in (12, 16, 22)])
+
+    class Preferences(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores + 2 * torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+
+    prompts = torch.cat([PROMPT, PROMPT + 1, PROMPT + 2])
+    options = {"do_sample": False, "max_new_tokens": 30, "pad_token_id": 0, "eos_token_id": 31}
+    options |= {"logits_processor": [Preferences()], "stopping_criteria": [Limits()], "return_dict_in_generate": True}
+    for more in ({}, {"output_scores": True}):
+        expected = model.generate(prompts, **options, **more).sequences
+        judged = {"assistant_model": assistant, "judge": top_k, "judge_threshold": 0.0, "num_assistant_tokens": 4}
+        assert torch.equal(model.generate(prompts, **options, **judged, **more).sequences, expected)
+    # Rows that end apart: stock pads them.
+    assert [(row != 0).sum() for row in expected] == [12, 16, 22]
+
+
 def test_criteria_see_the_scores_that_are_kept(random_pair, top_k):
     model, assistant = random_pair
 

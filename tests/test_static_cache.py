@@ -104,6 +104,25 @@ def test_short_budgets_compile_nothing(compiled, top_k):
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+def test_a_third_batch_size_takes_the_place_of_one(top_k):
+    """Two of a model's caches are kept, and no call holds a third beside them."""
+    model = random_llama()
+    held, caches = [], weakref.WeakSet()
+
+    def look(*_):
+        gc.collect()
+        held.append(len(caches))
+
+    options = {"assistant_model": similar_model(model), "judge": top_k, "max_new_tokens": 8, **STATIC}
+    for batch_size in (1, 2, 3, 4):
+        hook = model.register_forward_pre_hook(look)
+        model.generate(PROMPT.repeat(batch_size, 1), **options)
+        hook.remove()
+        caches.update(kept_caches[model])
+    # Those of earlier calls, beside which there is this call's own.
+    assert set(held) == {0, 1}
+
+
 def test_calls_that_take_turns_have_their_caches_back(top_k):
     """Graphs are captured for addresses: of batches of two sizes, and of a model that is its own assistant."""
     model = random_llama()
