@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -30,7 +31,7 @@ from .generation import judge_decoding
 from .mined_examples import MinedExample
 from .prefixes import Prefixes
 from .rows import MaxRowLengths
-from .tasks.task import Task, answers_or_errors
+from .tasks.task import Task, abandoned, answers_or_errors
 
 
 if TYPE_CHECKING:
@@ -112,7 +113,8 @@ class SemiGreedySearch:
         Twice as many are in flight: a thread extracts the answers of one batch while the other is decoded.
         """
         waiting, graded, searches = iter(examples), deque(), []
-        grader = ThreadPoolExecutor(max_workers=1)
+        over = threading.Event()
+        grader = ThreadPoolExecutor(max_workers=1, initializer=abandoned.set, initargs=(over,))
         try:
             while True:
                 while len(searches) < batch_size and (new := next(waiting, None)) is not None:
@@ -130,6 +132,7 @@ class SemiGreedySearch:
                     searches += going_on
                     yield from finished.items()
         finally:
+            over.set()
             grader.shutdown(cancel_futures=True)
 
     def _start(self, example_id: int, example: Mapping[str, Any], prompt: list[int]) -> _Search:

@@ -6,15 +6,20 @@ import base64
 import json
 import pickle
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
 import autojudge_hf.tasks.livecodebench
+from autojudge_hf import mine_mismatches
 from autojudge_hf.tasks import LiveCodeBench
 from autojudge_hf.tasks.livecodebench import decode_tests, extract_code, load_problems, same_output
 from autojudge_hf.tasks.livecodebench_metric import PassAtK, pass_at_k
@@ -179,6 +184,22 @@ def test_values(returned, expected, passes):
     assert report["passed"] is passes, report
 
 
+@pytest.mark.parametrize("sign", ["", "-"])
+def test_integers_past_the_interpreters_own_limit(sign):
+    limit, digits = sys.get_int_max_str_digits(), sign + "123456789" * 5_000
+    example = row([("1", digits)], "f")
+    assert TASK.report(example, f"def f(x):\n    return int('{digits}')")["passed"]
+    assert TASK.report(example, f"def f(x):\n    return int('{digits}') + 1")["reason"] == "test 1: wrong value"
+    assert sys.get_int_max_str_digits() == limit
+
+
+def test_values_nested_deeper_than_a_comparison_by_recursion_goes():
+    example = row([("1", "[" * 500 + "2" + "]" * 500)], "f")
+    code = "def f(x):\n    x = 2\n    for _ in range(500): x = [x]\n    return x"
+    assert TASK.report(example, code)["passed"]
+    assert TASK.report(example, code.replace("2", "3"))["reason"] == "test 1: wrong value"
+
+
 @pytest.mark.parametrize(
     "code",
     [
@@ -254,6 +275,8 @@ EMPTY = json.dumps({"value": []})
         (row(private_test_cases=packed('[{"input": 1}]')), "```\nprint(7)\n```", "can't be decoded"),
         (row(private_test_cases=packed(print)), "```\nprint(7)\n```", "builtins.print"),
         (row([("3 4", "no JSON")], "add"), "```\ndef add(x): return 7\n```", "Expecting value"),
+        (row([("3 4", "1" * 50_001)], "add"), "```\ndef add(x): return 7\n```", "50001 digits, where 50000 are"),
+        (row([("3 4", "[" * 100_000)], "add"), "```\ndef add(x): return 7\n```", "recursion"),
         (row(metadata="no JSON"), "```\nprint(7)\n```", "Expecting value"),
         (row([("3", "7")], "add"), "```\ndef sub(x): return 7\n```", "no function add"),
         (row([("3", "7")], metadata={"func_name": "add"}), "```\ndef add(x): return 8\n```", "wrong value"),
@@ -273,6 +296,35 @@ def test_nonsense_gets_a_verdict(example, text, reason):
     (report,) = TASK.extract_answers([example], [text])
     assert not report["passed"] and re.search(reason, report["reason"])
     assert json.loads(json.dumps(report)) == report and not TASK.is_correct(example, report)
+
+
+@pytest.mark.parametrize("mines", [True, False])
+def test_an_interruption_ends_within_a_test(mines, random_pair):
+    """Ctrl-C, while programs are graded that would take thirty seconds each: in mining by another thread."""
+
+    class Interrupted(LiveCodeBench):
+        def prompt(self, example, tokenizer):
+            return "3 1 15"
+
+        def extract_answers(self, examples, texts):
+            ctrl_c = threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+            ctrl_c.start()
+            try:
+                return super().extract_answers(examples, texts)
+            finally:
+                ctrl_c.cancel()
+
+    task, rows, text = Interrupted("tests"), [row([("", "7")] * 30)] * 2, "```\nimport time; time.sleep(1)\n```"
+    tokenizer = SimpleNamespace(encode=lambda *_, **__: [3, 1, 15], decode=lambda *_, **__: text)
+    threads, started = set(threading.enumerate()), time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        if mines:
+            mine_mismatches(*random_pair, tokenizer, rows, task, max_new_tokens=4, batch_size=1)
+        else:
+            task.extract_answers(rows, [text] * 2)
+    assert time.monotonic() - started < 10
+    left = set(threading.enumerate()) - threads
+    assert not [thread for thread in left if thread.name.startswith("ThreadPoolExecutor")]
 
 
 def test_what_a_plain_interpreter_accepts_passes():

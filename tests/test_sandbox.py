@@ -89,6 +89,8 @@ def printed(code, limits=LIMITS):
 
 def test_programs_run(mechanism):
     assert TASK.report(SUM, SOLUTION) == {"passed": True, "results": [True, True], "reason": ""}
+    by_path = SOLUTION.replace("input()", "open('/dev/stdin').read()")
+    assert TASK.report(SUM, by_path) == {"passed": True, "results": [True, True], "reason": ""}
     assert TASK.report(ADD, "def add(a, b):\n    return a + b")["passed"]
     assert not TASK.report(ADD, "def add(a, b):\n    return a - b")["passed"]
 

@@ -2,12 +2,14 @@
 """GSM8K on all of its real rows, and extraction against a table written by hand."""
 
 import re
+import sys
 
 import pytest
 from conftest import ROOT, SHARED_DATA, read_jsonl
 
 from autojudge_hf.tasks import GSM8K
 from autojudge_hf.tasks.gsm8k import normalize
+from autojudge_hf.tasks.task import answers_or_errors
 
 
 GSM8K_DATA = SHARED_DATA / "gsm8k"
@@ -96,8 +98,24 @@ def test_bad_arguments_and_fields():
         GSM8K(extraction="loose")
     with pytest.raises(ValueError, match=r"question.*got \['text'\]"):
         GSM8K().instruction({"text": "?"})
-    with pytest.raises(ValueError, match="answer"):
-        GSM8K().gold_answer({"question": "?"})
+    for answer in ({}, {"answer": None}, {"answer": 18}, {"answer": "18"}, {"answer": ["#### "]}):
+        with pytest.raises(ValueError, match=f"needs the field `answer`.*got {re.escape(repr(answer.get('answer')))}"):
+            GSM8K().gold_answer({"question": "?", **answer})
+
+
+def test_a_task_that_exits_fails_on_that_example_alone():
+    class Exits(GSM8K):
+        def extract_answers(self, examples, texts):
+            if "exit" in texts:
+                sys.exit(2)
+            if "Ctrl-C" in texts:
+                raise KeyboardInterrupt
+            return texts
+
+    one, error, three = answers_or_errors(Exits(), [{}] * 3, ["1", "exit", "3"])
+    assert (one, three) == ("1", "3") and isinstance(error, Exception) and "SystemExit(2)" in str(error)
+    with pytest.raises(KeyboardInterrupt):
+        answers_or_errors(Exits(), [{}] * 2, ["1", "Ctrl-C"])
 
 
 def test_metric_runs_without_network():

@@ -97,9 +97,13 @@ class GSM8K(Task):
 
     def gold_answer(self, example: Mapping[str, Any]) -> str:
         """The number behind the last `#### ` of the example's `answer`."""
-        if "#### " not in example.get("answer", ""):
-            raise ValueError("A GSM8K example needs the field `answer`, ending in '#### ' and the gold number.")
-        return normalize(example["answer"])
+        answer = example.get("answer")
+        if not isinstance(answer, str) or "#### " not in answer:
+            raise ValueError(
+                "A GSM8K example needs the field `answer`, a text ending in '#### ' and the gold number, got "
+                f"{answer!r:.50}."
+            )
+        return normalize(answer)
 
     def is_correct(self, example: Mapping[str, Any], answer: str | None) -> bool:
         return self.equivalent(answer, self.gold_answer(example))

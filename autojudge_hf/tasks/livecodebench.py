@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pickle
+import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,8 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .sandbox import Limits, run_isolated
-from .task import Task
+from .sandbox import Limits, parsed, run_isolated
+from .task import Task, abandoned
 
 
 if TYPE_CHECKING:
@@ -142,16 +143,23 @@ def same_output(printed: str, expected: str) -> bool:
 
 def same_value(encoded: Any, expected: Any) -> bool:
     """Whether a value, as the driver encodes it, is equal to one from JSON: no tuple is, nor what JSON can't say."""
-    if isinstance(encoded, list):
-        kind, *items = encoded
-        if kind == "dict":
+    pairs = [(encoded, expected)]
+    while pairs:  # not by recursion, which has a limit
+        encoded, expected = pairs.pop()
+        kind, *items = encoded if isinstance(encoded, list) else ["plain"]
+        if kind == "dict" and isinstance(expected, dict):
             # JSON's keys are strings, and a key of another type isn't equal to one.
             keys = [key for key, _ in items if isinstance(key, str)]
-            same_keys = isinstance(expected, dict) and len(keys) == len(items) and set(keys) == set(expected)
-            return same_keys and all(same_value(value, expected[key]) for key, value in items)
-        same_length = isinstance(expected, list) and len(items) == len(expected)
-        return kind == "list" and same_length and all(map(same_value, items, expected))
-    return not isinstance(expected, (list, dict)) and encoded == expected
+            same = len(keys) == len(items) and set(keys) == set(expected)
+            pairs += [(value, expected[key]) for key, value in items if same]
+        elif kind == "list" and isinstance(expected, list):
+            same = len(items) == len(expected)
+            pairs += zip(items, expected)
+        else:
+            same = kind == "plain" and not isinstance(expected, (list, dict)) and encoded == expected
+        if not same:
+            return False
+    return True
 
 
 class LiveCodeBench(Task):
@@ -161,7 +169,7 @@ class LiveCodeBench(Task):
     was run and the reason of the first failure. A response without code, or a row without tests, fails with a reason.
 
     Differs from the official checker where that fails correct programs: they run as processes of their own, so
-    `for line in sys.stdin`, `open(0)` and `global` work.
+    `for line in sys.stdin`, `open(0)` and `global` work. What JSON can't hold, such as `Fraction(2)`, equals nothing.
 
     Args:
         compare (`str`, *optional*, defaults to `"verdict"`):
@@ -201,8 +209,13 @@ class LiveCodeBench(Task):
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def extract_answers(self, examples: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[dict[str, Any]]:
-        with ThreadPoolExecutor(self.num_workers) as pool:
-            return list(pool.map(self.report, examples, map(extract_code, texts)))
+        over = abandoned.get() or threading.Event()
+        with ThreadPoolExecutor(self.num_workers, initializer=abandoned.set, initargs=(over,)) as pool:
+            try:
+                return list(pool.map(self.report, examples, map(extract_code, texts)))
+            except KeyboardInterrupt:
+                over.set()
+                raise
 
     def report(self, example: Mapping[str, Any], code: str | None) -> dict[str, Any]:
         """Runs `code` on the example's tests, up to the first that fails."""
@@ -215,8 +228,8 @@ class LiveCodeBench(Task):
             tests = decode_tests(example)
             metadata = example.get("metadata") or {}
             function = (json.loads(metadata) if isinstance(metadata, str) else metadata).get("func_name")
-            expected = [test["output"] if function is None else json.loads(test["output"]) for test in tests]
-        except (ValueError, AttributeError) as error:
+            expected = [test["output"] if function is None else parsed(test["output"]) for test in tests]
+        except (ValueError, AttributeError, RecursionError) as error:
             logger.warning(f"Problem {example.get('question_id')} can't be graded, so every program fails: {error}")
             return failed(str(error))
         if code is None:

@@ -80,7 +80,7 @@ def functional(module, request, emit):
 
 
 def from_stdin(module, code, number, error_file):
-    redirected(0, f"input-{number}", os.O_RDONLY)
+    redirected(0, "stdin", os.O_RDONLY)
     redirected(1, f"output-{number}", os.O_WRONLY)
     redirected(2, "/dev/null", os.O_WRONLY)
     try:
@@ -110,7 +110,7 @@ def main(request, emit, worker):
         return
     module = prepared("__main__")
     for number, text in enumerate(request["inputs"]):
-        with open(f"input-{number}", "w", encoding="utf-8") as file:
+        with open("stdin", "w", encoding="utf-8") as file:  # to where the sandbox's /dev/stdin leads
             file.write(text)
         with open(f"output-{number}", "w+b") as output, open(f"error-{number}", "w+b", buffering=0) as errors:
             work = functools.partial(from_stdin, module, request["code"], number, errors.fileno())
@@ -120,9 +120,9 @@ def main(request, emit, worker):
             if os.fstat(output.fileno()).st_size > request["output_bytes"]:
                 problem = "too much output"
             printed = output.read(request["output_bytes"]).decode("utf-8", "replace")
-        for kind in ("input", "output", "error"):
+        for name in ("stdin", f"output-{number}", f"error-{number}"):
             with contextlib.suppress(FileNotFoundError):  # the program's own doing
-                os.unlink(f"{kind}-{number}")
+                os.unlink(name)
         emit({"error": problem} if problem else {"stdout": printed})
         if problem:
             return

@@ -34,6 +34,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .task import stop_if_abandoned
+
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 NAMESPACES = ("--mount", "--net", "--ipc", "--uts", "--pid", "--fork", "--kill-child")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 STARTUP_SECONDS = 20.0
+LONGEST_INTEGER = 50_000  # digits: a longer one would take too long to read
 PROBE = "import random\ndef main(request, emit, worker): emit({'status': worker(lambda: None, 1)})"
 
 #: A user of its own for every sandbox of root's, since limits on processes count per user: drawn from numbers that no
@@ -99,6 +102,7 @@ def run_isolated(
 
     Raises:
         RuntimeError: if the sandbox can't be set up.
+        CancelledError: before the next result, where nobody waits for this thread's answers any more.
     """
     with _looking:  # or the first programs of a batch would each look on their own
         mechanism = _mechanism()
@@ -194,6 +198,22 @@ def _run(mechanism: str, driver: str, request: Any, num_results: int, limits: Li
             process.wait()
 
 
+def parsed(text: str | bytes) -> Any:
+    """As `json.loads` does, with integers past the interpreter's own limit on digits, which is the user's to set."""
+    return json.loads(text, parse_int=_integer)
+
+
+def _integer(text: str) -> int:
+    if text.startswith("-"):
+        return -_integer(text[1:])
+    if len(text) > LONGEST_INTEGER:
+        raise ValueError(f"an integer of {len(text)} digits, where {LONGEST_INTEGER} are the most")
+    if len(text) <= 640:  # the interpreter's limit can't be lower
+        return int(text)
+    half = len(text) // 2
+    return _integer(text[:-half]) * 10**half + _integer(text[-half:])
+
+
 def _results(process: subprocess.Popen, mechanism: str, limits: Limits) -> Iterator[dict[str, Any]]:
     lines = _lines(process.stdout.fileno(), limits.output_bytes)
     next(lines)
@@ -202,11 +222,12 @@ def _results(process: subprocess.Popen, mechanism: str, limits: Limits) -> Itera
     if "ready" not in told:
         raise RuntimeError(f"The sandbox couldn't be set up with {mechanism}: {told['failed']}")
     while True:
+        stop_if_abandoned()
         line = lines.send(limits.seconds)
         if line is None:
             return
         try:
-            result = json.loads(line) if isinstance(line, bytes) else {"error": line}
+            result = parsed(line) if isinstance(line, bytes) else {"error": line}
         except (ValueError, RecursionError):
             result = None
         yield result if isinstance(result, dict) else {"error": "wrote among the results"}

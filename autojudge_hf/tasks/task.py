@@ -5,14 +5,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import CancelledError
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    import threading
+
     from transformers import PreTrainedTokenizerBase
 
 
 METHODS = ("prompt", "extract_answers", "equivalent", "is_correct")
+
+#: An event that is set as soon as nobody waits for this thread's answers any more.
+abandoned: ContextVar[threading.Event | None] = ContextVar("abandoned", default=None)
 
 
 class Task(ABC):
@@ -57,16 +64,28 @@ def name_of(task: Task) -> str:
     return getattr(task, "name", type(task).__name__)
 
 
+def stop_if_abandoned() -> None:
+    """For a thread's work to call between its parts: an interruption doesn't reach a thread, and its end is awaited.
+
+    Raises:
+        CancelledError: where nobody waits for the answers any more.
+    """
+    over = abandoned.get()
+    if over is not None and over.is_set():
+        raise CancelledError("nobody waits for these answers any more")
+
+
 def answers_or_errors(task: Task, examples: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[Any]:
     """What `extract_answers` gives, or for an example on which it fails its error: one can't stop a run."""
+    stop_if_abandoned()
     try:
         answers = task.extract_answers(examples, texts)
         if len(answers) != len(texts):
             raise ValueError(f"`extract_answers` gave {len(answers)} answers for {len(texts)} texts")
         return answers
-    except Exception as error:  # a user's code, which may raise anything
+    except (Exception, SystemExit) as error:  # a user's code, which may raise anything
         if len(texts) == 1:
-            return [error]
+            return [error if isinstance(error, Exception) else RuntimeError(f"the task raised {error!r}")]
         return [answer for pair in zip(examples, texts) for answer in answers_or_errors(task, *([x] for x in pair))]
 
 
