@@ -19,7 +19,8 @@ def plot_trade_off(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: str 
     """Accuracy against tokens per cycle: a curve for each name, a point for each threshold, as a PNG.
 
     The first row of each curve is the lossless one, from which the bars, paired 95 % intervals of the drop, are
-    measured. The file's "Description" is [`digest`] of what was drawn.
+    measured. A threshold isn't printed where it is `None`, or would cover one that is. The file's "Description" is
+    [`digest`] of what was drawn.
 
     Args:
         curves (`Mapping`): name to rows of `evaluation_summary`.
@@ -29,6 +30,7 @@ def plot_trade_off(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: str 
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
+    labels = []
     for name, rows in curves.items():
         lossless, judged = rows[0], sorted(rows[1:], key=lambda row: row["tokens_per_cycle"])
         points = [lossless, *judged]
@@ -42,7 +44,9 @@ def plot_trade_off(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: str 
         axes.plot(x[0], y[0], marker="*", markersize=14, color=line.get_color())
         axes.axhline(y[0], color=line.get_color(), linewidth=0.8, linestyle=":")
         for row, x_i, y_i in zip(judged, x[1:], y[1:]):
-            axes.annotate(f"{row['threshold']:.2g}", (x_i, y_i), (5, 5), textcoords="offset points", fontsize=8)
+            if row["threshold"] is not None:
+                text = f"{row['threshold']:.2g}"
+                labels.append(axes.annotate(text, (x_i, y_i), (5, 5), textcoords="offset points", fontsize=8))
     axes.margins(x=0.08)
     axes.set_xlabel("tokens per cycle")
     axes.set_ylabel("accuracy, %")
@@ -50,6 +54,13 @@ def plot_trade_off(curves: Mapping[str, Sequence[Mapping[str, Any]]], path: str 
     axes.grid(alpha=0.25)
     # Below the axes: names of data sets are long.
     figure.legend(loc="outside lower center", ncols=1 if max(map(len, curves), default=0) > 24 else 4, fontsize=8)
+    figure.draw_without_rendering()  # gives every label its place
+    legible = []
+    for label in labels:
+        box = label.get_window_extent()
+        label.set_visible(not any(box.overlaps(other) for other in legible))
+        if label.get_visible():
+            legible.append(box)
     figure.savefig(path, dpi=120, format="png", metadata={"Software": None, "Description": digest(curves)})
 
 

@@ -23,7 +23,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from embedded_pair import MAX_NEW_TOKENS, load_pair, read_problems
+from arguments import check_ways, positive_int
+from embedded_pair import MAX_NEW_TOKENS, load_pair, num_problems, read_problems
 from tqdm.auto import tqdm
 from transformers import CompileConfig
 
@@ -57,7 +58,9 @@ def assistant_settings(model, **values) -> Iterator[None]:
             setattr(config, name, value)
 
 
-def ways_to_decode(draft, judge: AutoJudge, draft_lengths: list[int | str], batch_sizes: list[int]) -> list[Way]:
+def ways_to_decode(
+    draft, judge: AutoJudge | None, draft_lengths: list[int | str], batch_sizes: list[int]
+) -> list[Way]:
     alone, stock = ("target alone", ""), {"assistant_model": draft}
     ways = [Way(*alone, b, {}, {}, alone) for b in batch_sizes]
     ways.append(Way("stock, its defaults", "", 1, stock, {}, alone))
@@ -116,17 +119,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--judge", default="runs/quickstart/judge", help="folder of a judge for the embedded pair")
     parser.add_argument(
-        "--num_problems", type=int, default=16, help="held-out problems, a multiple of the batch sizes"
+        "--num_problems", type=num_problems, default=16, help="held-out problems, a multiple of the batch sizes"
     )
-    parser.add_argument("--rounds", type=int, default=4, help="behind the one that is left out")
-    parser.add_argument("--draft_lengths", type=int, nargs="+", default=[4, 8, 16], help="and adaptive, ours only")
+    parser.add_argument("--rounds", type=positive_int, default=4, help="behind the one that is left out")
+    parser.add_argument(
+        "--draft_lengths", type=positive_int, nargs="+", default=[4, 8, 16], help="and adaptive, ours only"
+    )
     parser.add_argument(
         "--ways", nargs="+", help="only rows whose names have one of these parts, and what they are compared with"
     )
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 8], help="the first one is 1")
+    parser.add_argument("--batch_sizes", type=positive_int, nargs="+", default=[1, 4, 8], help="the first one is 1")
     args = parser.parse_args()
     if args.batch_sizes[0] != 1 or any(args.num_problems % b for b in args.batch_sizes):
         parser.error(f"--batch_sizes must begin with 1 and divide --num_problems, got {args.batch_sizes}.")
+    draft_lengths = [*args.draft_lengths, "adaptive"]
+    check_ways(parser, args.ways, ways_to_decode(None, None, draft_lengths, args.batch_sizes))
     torch.set_num_threads(2)
 
     judge = AutoJudge.from_pretrained(args.judge)
@@ -138,11 +145,8 @@ def main() -> None:
     batches = {
         b: [tokenizer(prompts[i : i + b], **options) for i in range(0, len(prompts), b)] for b in args.batch_sizes
     }
-    ways = ways_to_decode(draft, judge, [*args.draft_lengths, "adaptive"], args.batch_sizes)
+    ways = ways_to_decode(draft, judge, draft_lengths, args.batch_sizes)
     if args.ways:
-        names = dict.fromkeys(way.name for way in ways)
-        if unknown := [part for part in args.ways if not any(part in name for name in names)]:
-            parser.error(f"--ways must be parts of {', '.join(map(repr, names))}, got {unknown}.")
         ways = only(args.ways, ways)
 
     seconds: dict[tuple, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))

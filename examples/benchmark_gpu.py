@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from arguments import check_ways, positive_int, share
 from torch._dynamo.utils import counters
 from torch._inductor import cudagraph_trees
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -70,6 +71,8 @@ PAIRS = {
         {**TINY, "hidden_size": 128, "num_hidden_layers": 1, "intermediate_size": 256},
     ),
 }
+#: Positions that the models know.
+MAX_LENGTH = 8192
 
 
 class Way(NamedTuple):
@@ -89,7 +92,7 @@ def counting_model(sizes: dict[str, Any], skips: torch.Tensor, marked: torch.Ten
     0 for `marked` tokens and below for the others: that is what the judge reads.
     """
     torch.manual_seed(0)
-    sizes = {**sizes, "max_position_embeddings": 8192, "tie_word_embeddings": False, "eos_token_id": None}
+    sizes = {**sizes, "max_position_embeddings": MAX_LENGTH, "tie_word_embeddings": False, "eos_token_id": None}
     config = AutoConfig.for_model(**sizes, bos_token_id=0, pad_token_id=0)
     with torch.device(args.device):
         model = AutoModelForCausalLM.from_config(config, dtype=args.dtype).eval()
@@ -159,7 +162,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
     )
 
 
-def ways_to_decode(draft: PreTrainedModel, judge: AutoJudge, args) -> list[Way]:
+def ways_to_decode(draft: PreTrainedModel | None, judge: AutoJudge | None, args) -> list[Way]:
     ways = []
     static = {"cache_implementation": "static"}
     for b in args.batch_sizes:
@@ -244,18 +247,23 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("--pair", choices=list(PAIRS), default="llama")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--agreement", type=float, default=0.82, help="share of tokens at which the draft agrees")
-    parser.add_argument("--harmless", type=float, default=0.65, help="share of the mismatches that don't matter")
-    parser.add_argument("--num_layers", type=int, help="of both models, where fewer will do: they compile faster")
-    parser.add_argument("--num_threads", type=int, default=2, help="on a CPU")
+    parser.add_argument("--agreement", type=share, default=0.82, help="share of tokens at which the draft agrees")
+    parser.add_argument("--harmless", type=share, default=0.65, help="share of the mismatches that don't matter")
+    parser.add_argument(
+        "--num_layers", type=positive_int, help="of both models, where fewer will do: they compile faster"
+    )
+    parser.add_argument("--num_threads", type=positive_int, default=2, help="on a CPU")
     args = parser.parse_args()
-    for name in ("num_layers", "num_examples", "prompt_length", "num_tokens", "draft_length", "rounds", "repeats"):
-        if (number := vars(args).get(name)) is not None and number < 1:
-            parser.error(f"--{name} must be at least 1, got {number}.")
-    if args.device != "cpu" and not torch.cuda.is_available():
-        parser.error(
-            f"--device {args.device}: there is no GPU here. `--pair tiny --device cpu` shows what it would do."
-        )
+    if args.device != "cpu":
+        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        device = "cuda:0" if args.device == "cuda" else args.device
+        if device not in gpus:
+            parser.error(
+                f"--device {args.device} isn't among the GPUs here: {', '.join(gpus) or 'none'}. "
+                "`--pair tiny --device cpu` shows what it would do."
+            )
+        # Clocks, peaks and graphs are those of the current device.
+        torch.cuda.set_device(device)
     args.dtype = torch.float32 if args.device == "cpu" else getattr(torch, args.dtype)
     torch.set_num_threads(args.num_threads)
     return args
@@ -263,13 +271,14 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--draft_lengths", type=int, nargs="+", default=[4, 8, 16, 32])
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--draft_lengths", type=positive_int, nargs="+", default=[4, 8, 16, 32])
+    parser.add_argument("--batch_sizes", type=positive_int, nargs="+", default=[1, 8])
     parser.add_argument("--ways", nargs="+", help="only rows whose names have one of these parts")
-    parser.add_argument("--prompt_length", type=int, default=128)
-    parser.add_argument("--num_tokens", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt_length", type=positive_int, default=128)
+    parser.add_argument("--num_tokens", type=positive_int, default=256)
+    parser.add_argument("--rounds", type=positive_int, default=3)
     args = parse_arguments(parser)
+    check_ways(parser, args.ways, ways_to_decode(None, None, args))
 
     model, draft, _ = planted_pair(args)
     args.vocab_size = min(model.config.vocab_size, draft.config.vocab_size)

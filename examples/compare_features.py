@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 
 import numpy as np
+from arguments import positive_int
 
 
 NO_STATES = {"hidden_size": None, "assistant_hidden_size": None}
@@ -61,17 +62,29 @@ def auc_samples(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--data", required=True, help="mined mismatches, a file or a miner's folder")
-    parser.add_argument("--max_examples", type=int, help="use fewer")
+    parser.add_argument("--max_examples", type=positive_int, help="use fewer")
     parser.add_argument("--judge_types", nargs="+", default=["linear"], help="linear, mlp")
     parser.add_argument("--C_grid", type=float, nargs="+", default=[1.0, 0.1, 0.01, 0.001])
-    parser.add_argument("--max_iter", type=int, default=2000)
+    parser.add_argument("--max_iter", type=positive_int, default=2000)
     args = parser.parse_args()
 
     from autojudge_hf import JudgeTrainer, JudgeTrainingArguments, select_features
     from autojudge_hf.fitting import roc_auc
-    from autojudge_hf.mined_examples import read_mismatches
+    from autojudge_hf.mined_examples import pair_of, read_mismatches
 
     mined = read_mismatches(args.data)
+    features = pair_of(mined)["features"] or {}
+    needed = {
+        'state_position="both"': features.get("state_position") == "both",
+        "assistant_states=True": features.get("assistant_hidden_size") is not None,
+        "logit_features=True": features.get("logit_features"),
+        "assistant_logit_features=True": features.get("assistant_logit_features"),
+    }
+    if missing := [argument for argument, is_there in needed.items() if not is_there]:
+        parser.error(
+            f"--data lacks features that are compared here: mine it with {', '.join(missing)} as well, or find all of "
+            "them with `compute_features`."
+        )
     if args.max_examples is not None:
         mined = mined.select(np.flatnonzero(np.asarray(mined["example_id"]) < args.max_examples))
     header = ["judge", "reads", "floats", "costs", "ROC-AUC", "gain over the paper's"]

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from arguments import positive_int
 from embedded_pair import MAX_NEW_TOKENS, load_pair
 from measure_judge import TASKS, decode, mine, take, untimed
 from measure_oracle import cycles, ways_of_the_search
@@ -229,7 +230,7 @@ def report(judges: dict, results: dict, best: list[list[int]], lengths: dict, ti
     table.append(["oracle", "the target's", "0", f"{base * gain:.2f} ({gain:.2f}x)", "", "100%", "", ""])
     print("\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in table))
     start = next(iter(curves.values()))[0]
-    curves["oracle"] = [start, {**start, "threshold": 1.0, "tokens_per_cycle": base * gain}]
+    curves["oracle"] = [start, {**start, "tokens_per_cycle": base * gain}]
     plot_trade_off({name: curve for name, curve in curves.items() if len(curve) > 1}, folder / "trade_off.png")
     plot_trade_off({name: judge.config.evaluation for name, judge in judges.items()}, folder / "validation.png")
     for name, judge in judges.items():
@@ -245,15 +246,15 @@ def main() -> None:
     parser.add_argument("--judges", nargs="+", choices=THRESHOLDS, default=list(THRESHOLDS), help="which to compare")
     parser.add_argument("--seed", type=int, default=21, help="of training and validation problems")
     parser.add_argument("--test_seed", type=int, default=31)
-    parser.add_argument("--num_mined", type=int, default=1500)
-    parser.add_argument("--num_validation", type=int, default=1000)
-    parser.add_argument("--num_test", type=int, default=2000)
+    parser.add_argument("--num_mined", type=positive_int, default=1500)
+    parser.add_argument("--num_validation", type=positive_int, default=1000)
+    parser.add_argument("--num_test", type=positive_int, default=2000)
     parser.add_argument("--confidence", type=float, default=0.975, help="that thresholds keep to what they may cost")
-    parser.add_argument("--num_oracle", type=int, default=300, help="of the test problems")
-    parser.add_argument("--num_timed", type=int, default=20, help="problems for each reading of the clock")
-    parser.add_argument("--draft_length", type=int, default=32, help="where the clock doesn't matter")
-    parser.add_argument("--draft_lengths", type=int, nargs="+", default=[8, 16, 32], help="for the clock")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--num_oracle", type=positive_int, default=300, help="of the test problems")
+    parser.add_argument("--num_timed", type=positive_int, default=20, help="problems for each reading of the clock")
+    parser.add_argument("--draft_length", type=positive_int, default=32, help="where the clock doesn't matter")
+    parser.add_argument("--draft_lengths", type=positive_int, nargs="+", default=[8, 16, 32], help="for the clock")
+    parser.add_argument("--rounds", type=positive_int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(2)
     folder = Path(args.output_dir)

@@ -30,9 +30,9 @@ def error_rates(budget: float, n: int) -> tuple[float, float]:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.split("\n", 1)[0]).parse_args()
     print("| budget, problems | score test | bootstrap |\n| --- | --- | --- |")
-    for budget, n in ((0.01, 400), (0.01, 1000), (0.01, 2000), (0.05, 200), (0.05, 1000)):
-        score, bootstrap = error_rates(budget, n)
-        print(f"| {100 * budget:.0f} points, {n} | {score:.1%} | {bootstrap:.1%} |")
+    for points, n in ((1, 400), (1, 1000), (1, 2000), (5, 200), (5, 1000)):
+        score, bootstrap = error_rates(points / 100, n)
+        print(f"| {points} {'point' if points == 1 else 'points'}, {n} | {score:.1%} | {bootstrap:.1%} |")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import argparse
 import functools
 
 import torch
-from embedded_pair import MAX_NEW_TOKENS, load_pair, read_problems
+from arguments import positive_int
+from embedded_pair import MAX_NEW_TOKENS, load_pair, num_problems, read_problems
 from tqdm.auto import tqdm
 
 from autojudge_hf import judge_decoding
@@ -29,8 +30,8 @@ def spacings(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--num_problems", type=int, default=200)
-    parser.add_argument("--num_assistant_tokens", type=int, default=8)
+    parser.add_argument("--num_problems", type=num_problems, default=200)
+    parser.add_argument("--num_assistant_tokens", type=positive_int, default=8)
     dtypes = ["float32", "bfloat16", "float16"]
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes)
     args = parser.parse_args()

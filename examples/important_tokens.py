@@ -13,6 +13,8 @@ import argparse
 import re
 from collections import Counter, defaultdict
 
+from arguments import positive_int
+
 
 # A token is of the first kind whose pattern fits it, blanks around it left out.
 KINDS = {
@@ -47,7 +49,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("data", nargs="+", metavar="NAME=FILE", help="mined mismatches, and what to call them")
-    parser.add_argument("--num_tokens", type=int, default=8, help="tokens a task in the second table")
+    parser.add_argument("--num_tokens", type=positive_int, default=8, help="tokens a task in the second table")
     args = parser.parse_args()
     if wrong := [text for text in args.data if not all(text.partition("="))]:
         parser.error(f"expected NAME=FILE, such as code=mismatches.parquet, got {', '.join(wrong)}")

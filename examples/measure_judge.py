@@ -21,6 +21,7 @@ from typing import Any
 
 import datasets
 import torch
+from arguments import positive_int
 from embedded_pair import MAX_NEW_TOKENS, PAIR, load_pair
 
 from autojudge_hf import (
@@ -213,13 +214,17 @@ def main() -> None:
     parser.add_argument("--judges", nargs="+", help="folders of judges to test, instead of making one")
     parser.add_argument("--seed", type=int, default=1, help="seed of training and validation problems")
     parser.add_argument("--test_seed", type=int, default=2)
-    parser.add_argument("--num_mined", type=int, default=400)
-    parser.add_argument("--num_validation", type=int, default=1000)
-    parser.add_argument("--num_test", type=int, default=1000)
-    parser.add_argument("--batch_size", type=int, default=32, help="problems decoded at once; each row as if alone")
-    parser.add_argument("--num_assistant_tokens", type=int, default=16, help="draft length")
+    parser.add_argument("--num_mined", type=positive_int, default=400)
+    parser.add_argument("--num_validation", type=positive_int, default=1000)
+    parser.add_argument("--num_test", type=positive_int, default=1000)
+    parser.add_argument(
+        "--batch_size", type=positive_int, default=32, help="problems decoded at once; each row as if alone"
+    )
+    parser.add_argument("--num_assistant_tokens", type=positive_int, default=16, help="draft length")
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.03, 0.06, 0.1, 0.15, 0.2])
-    parser.add_argument("--num_threads", type=int, default=2, help="1 where two of these run beside each other")
+    parser.add_argument(
+        "--num_threads", type=positive_int, default=2, help="1 where two of these run beside each other"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.num_threads)
     if args.judges:

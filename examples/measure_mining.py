@@ -13,7 +13,8 @@ import contextlib
 import time
 
 import torch
-from embedded_pair import MAX_NEW_TOKENS, load_pair, read_problems
+from arguments import positive_int
+from embedded_pair import MAX_NEW_TOKENS, load_pair, num_problems, read_problems
 from tqdm import tqdm
 
 from autojudge_hf import mine_mismatches
@@ -66,9 +67,11 @@ def transcription(model, assistant, tokenizer, task, prompt):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--num_problems", type=int, default=64)
-    parser.add_argument("--num_assistant_tokens", type=int, default=8, help="draft length of our continuations")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--num_problems", type=num_problems, default=64)
+    parser.add_argument(
+        "--num_assistant_tokens", type=positive_int, default=8, help="draft length of our continuations"
+    )
+    parser.add_argument("--batch_sizes", type=positive_int, nargs="+", default=[1, 16])
     args = parser.parse_args()
     torch.set_num_threads(2)
     model, draft, tokenizer = load_pair()

@@ -15,6 +15,7 @@ import itertools
 from pathlib import Path
 
 import torch
+from arguments import positive_int
 from embedded_pair import MAX_NEW_TOKENS, load_pair
 from measure_judge import TASKS, mine, take
 from tqdm import tqdm
@@ -66,8 +67,8 @@ def main() -> None:
     parser.add_argument("--judge", required=True, help="folder of a judge, threshold included")
     parser.add_argument("--output_dir", default="runs/measure_oracle", help="what is mined is kept here")
     parser.add_argument("--seed", type=int, default=1, help="seed of the test problems")
-    parser.add_argument("--num_test", type=int, default=300, help="test problems; the oracle mines them all")
-    parser.add_argument("--draft_lengths", type=int, nargs="+", default=[16, 32])
+    parser.add_argument("--num_test", type=positive_int, default=300, help="test problems; the oracle mines them all")
+    parser.add_argument("--draft_lengths", type=positive_int, nargs="+", default=[16, 32])
     args = parser.parse_args()
     torch.set_num_threads(2)
     model, draft, tokenizer = load_pair()

@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 
 import torch
+from arguments import positive_int
 from benchmark import assistant_settings
-from embedded_pair import MAX_NEW_TOKENS, load_pair, read_problems
+from embedded_pair import MAX_NEW_TOKENS, load_pair, num_problems, read_problems
 
 from autojudge_hf import (
     AutoJudge,
@@ -37,13 +38,13 @@ DATASET = "word problems of the embedded pair"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--output_dir", default="runs/quickstart", help="the judge goes to its subfolder judge")
-    parser.add_argument("--num_mined", type=int, default=120, help="training problems to mine")
-    parser.add_argument("--num_validation", type=int, default=240, help="validation problems for the threshold")
-    parser.add_argument("--num_test", type=int, default=40, help="held-out problems for the table")
-    parser.add_argument("--num_assistant_tokens", type=int, default=16, help="draft length")
+    parser.add_argument("--num_mined", type=num_problems, default=120, help="training problems to mine")
+    parser.add_argument(
+        "--num_validation", type=num_problems, default=240, help="validation problems for the threshold"
+    )
+    parser.add_argument("--num_test", type=num_problems, default=40, help="held-out problems for the table")
+    parser.add_argument("--num_assistant_tokens", type=positive_int, default=16, help="draft length")
     args = parser.parse_args()
-    if min(args.num_mined, args.num_validation, args.num_test, args.num_assistant_tokens) < 1:
-        parser.error("all numbers must be at least 1.")
     judge_dir = str(Path(args.output_dir) / "judge")
     started = time.perf_counter()
     torch.set_num_threads(2)

@@ -25,6 +25,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from arguments import positive_int
 from compare_judges import BATCH_SIZE, LEARNED, calibrate, kept, mine_all
 from measure_judge import decode, take
 
@@ -133,10 +134,10 @@ def main() -> None:
     parser.add_argument("--test_seed", type=int, default=111)
     parser.add_argument("--mined", default="runs/compare/mined", help="what `compare_judges.py` has mined")
     parser.add_argument("--mined_seed", type=int, default=21)
-    parser.add_argument("--num_mined", type=int, default=1500)
-    parser.add_argument("--num_validation", type=int, default=1000)
-    parser.add_argument("--num_test", type=int, default=2000)
-    parser.add_argument("--draft_length", type=int, default=16)
+    parser.add_argument("--num_mined", type=positive_int, default=1500)
+    parser.add_argument("--num_validation", type=positive_int, default=1000)
+    parser.add_argument("--num_test", type=positive_int, default=2000)
+    parser.add_argument("--draft_length", type=positive_int, default=16)
     args = parser.parse_args()
     folder = Path(args.output_dir)
     if not (folder / "rows").exists():

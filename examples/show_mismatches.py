@@ -14,6 +14,8 @@ import html
 import itertools
 from pathlib import Path
 
+from arguments import positive_int
+
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -65,16 +67,17 @@ def page(rows: list[dict], tokenizer, max_examples: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--data_file", required=True, help="Parquet file that mine.py wrote")
+    parser.add_argument("--data_file", required=True, help="Parquet file that mine.py wrote, or its folder")
     parser.add_argument("--tokenizer", required=True, help="the pair's: Hub id or folder")
     parser.add_argument("--output", default="mismatches.html", help="the page")
-    parser.add_argument("--max_examples", type=int, default=50, help="show so many problems")
+    parser.add_argument("--max_examples", type=positive_int, default=50, help="show so many problems")
     args = parser.parse_args()
 
-    from datasets import Dataset
     from transformers import AutoTokenizer
 
-    rows = Dataset.from_parquet(args.data_file).remove_columns(["features", "pair"]).to_list()
+    from autojudge_hf.mined_examples import read_mismatches
+
+    rows = read_mismatches(args.data_file).remove_columns(["features", "pair"]).to_list()
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     Path(args.output).write_text(page(rows, tokenizer, args.max_examples), encoding="utf-8")
     print(f"{len(rows)} mismatches, in {args.output}")

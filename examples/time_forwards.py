@@ -19,7 +19,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from arguments import positive_int
 from benchmark_gpu import (
+    MAX_LENGTH,
     bandwidth,
     forget_graphs,
     graphs_made,
@@ -113,11 +115,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--compiled", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--attn_implementation", choices=["sdpa", "eager"], default="sdpa")
-    parser.add_argument("--draft_length", type=int, default=16)
-    parser.add_argument("--prompt_length", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=20, help="calls in a row")
+    parser.add_argument("--draft_length", type=positive_int, default=16)
+    parser.add_argument("--prompt_length", type=positive_int, default=128)
+    parser.add_argument("--rounds", type=positive_int, default=5)
+    parser.add_argument("--repeats", type=positive_int, default=20, help="calls in a row")
     args = parse_arguments(parser)
+    if (longest := args.prompt_length + 2 * args.draft_length) >= MAX_LENGTH:
+        parser.error(
+            f"--prompt_length and twice --draft_length must be less than {MAX_LENGTH} together, got {longest}."
+        )
 
     model, draft, _ = planted_pair(args)
     for x in (model, draft):

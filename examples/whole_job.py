@@ -18,7 +18,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from benchmark_gpu import parse_arguments, planted_pair, timed
+from arguments import positive_int
+from benchmark_gpu import PAIRS, parse_arguments, planted_pair, timed
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -62,10 +63,20 @@ def number_tokenizer(size: int) -> PreTrainedTokenizerFast:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--num_examples", type=int, default=8, help="prompts to mine, and as many others to decode")
-    parser.add_argument("--num_tokens", type=int, default=128)
-    parser.add_argument("--draft_length", type=int, default=16)
+    parser.add_argument(
+        "--num_examples", type=positive_int, default=8, help="prompts to mine, and as many others to decode"
+    )
+    parser.add_argument("--num_tokens", type=positive_int, default=128)
+    parser.add_argument("--draft_length", type=positive_int, default=16)
     args = parse_arguments(parser)
+    if args.num_examples < 2:
+        parser.error(f"--num_examples must be at least 2, one of them to validate on, got {args.num_examples}.")
+    # No number is in two texts, and none comes to the end of the vocabulary.
+    size = min(sizes["vocab_size"] for sizes in PAIRS[args.pair])
+    longest = PROMPT_LENGTH + 2 * args.num_tokens
+    room = (size - longest) // (2 * args.num_examples)
+    if room < longest:
+        parser.error(f"{2 * args.num_examples} texts of up to {longest} numbers don't fit into {size}: ask for fewer.")
 
     print("| step | seconds | peak GB | what came of it |\n| --- | --- | --- | --- |")
 
@@ -81,13 +92,7 @@ def main() -> None:
         return " and ".join(f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f}B" for model in made[:2])
 
     model, draft, important = step("make the pair", functools.partial(planted_pair, args), sizes)
-    size = min(model.config.vocab_size, draft.config.vocab_size)
     tokenizer, task = number_tokenizer(size), Jumps(important)
-    # No number is in two texts, and none comes to the end of the vocabulary.
-    longest = PROMPT_LENGTH + 2 * args.num_tokens
-    room = (size - longest) // (2 * args.num_examples)
-    if room < longest:
-        parser.error(f"{2 * args.num_examples} texts of up to {longest} numbers don't fit into {size}: ask for fewer.")
     examples = [{"start": 1 + i * room} for i in range(2 * args.num_examples)]
 
     def mine():

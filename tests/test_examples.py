@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from datasets import Dataset
 from sklearn.metrics import roc_auc_score
 from test_trainer import PAIR as MADE_UP_PAIR
 from test_trainer import made_up
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autojudge_hf import AutoJudge, JudgeConfig
 
@@ -28,7 +30,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from benchmark import only, ways_to_decode
 from benchmark_gpu import PAIRS as GPU_PAIRS
-from benchmark_gpu import counting_model, planted_pair
+from benchmark_gpu import counting_model, parse_arguments, planted_pair
 from compare_features import auc_samples, weights_of
 from compare_judges import share_of_gap
 from half_precision import spacings
@@ -74,6 +76,55 @@ def test_folds_are_checked_first(tmp_path):
         assert result.returncode == 1 and "--fold must be from 0 to 4, got 5" in result.stderr
 
 
+ON_CPU = "--pair tiny --device cpu"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "expected"),
+    [
+        ("benchmark", "--num_problems 0", "--num_problems: must be at least 1, got 0."),
+        ("benchmark", "--num_problems 504", "--num_problems: must be at most 500, which is all there are, got 504."),
+        ("benchmark", "--rounds 0", "--rounds: must be at least 1, got 0."),
+        ("benchmark", "--batch_sizes 1 0", "--batch_sizes: must be at least 1, got 0."),
+        ("benchmark", "--batch_sizes 1 3", "--batch_sizes must begin with 1 and divide --num_problems, got [1, 3]."),
+        ("benchmark", "--draft_lengths 0", "--draft_lengths: must be at least 1, got 0."),
+        ("benchmark", "--ways judged nosuch", "'ours judged, compiled', 'ours judged', got ['nosuch']."),
+        ("benchmark_gpu", f"{ON_CPU} --draft_lengths 4 0", "--draft_lengths: must be at least 1, got 0."),
+        ("benchmark_gpu", f"{ON_CPU} --batch_sizes 0", "--batch_sizes: must be at least 1, got 0."),
+        ("benchmark_gpu", f"{ON_CPU} --ways nosuch", "--ways must be parts of 'target alone', "),
+        ("benchmark_gpu", f"{ON_CPU} --agreement 2", "--agreement: must be from 0 to 1, got 2."),
+        ("benchmark_gpu", f"{ON_CPU} --harmless -1", "--harmless: must be from 0 to 1, got -1."),
+        ("benchmark_gpu", "--device cuda:99", "--device cuda:99 isn't among the GPUs here: "),
+        ("time_forwards", f"{ON_CPU} --draft_length 9000", "must be less than 8192 together, got 18128."),
+        ("whole_job", f"{ON_CPU} --num_examples 1", "--num_examples must be at least 2, "),
+        ("whole_job", f"{ON_CPU} --num_tokens 4000", "16 texts of up to 8016 numbers don't fit into 8192"),
+        ("half_precision", "--num_problems -1", "--num_problems: must be at least 1, got -1."),
+        ("measure_judge", "--num_mined 0", "--num_mined: must be at least 1, got 0."),
+        ("measure_mining", "--num_problems 0", "--num_problems: must be at least 1, got 0."),
+        ("quickstart", "--num_mined 501", "--num_mined: must be at most 500, which is all there are, got 501."),
+        ("tiny_pair/measure", "--num_problems 0", "--num_problems must be at least 1, got 0."),
+        ("tiny_pair/measure", "--num_mined 4", "--num_mined must be at least 5, got 4."),
+        ("gsm8k/mine", "--output_dir runs/never --max_examples -1", "--max_examples must be at least 1, got -1."),
+        ("gsm8k/generate", "--judge runs/never --max_examples -1", "--max_examples must be at least 1, got -1."),
+        ("gsm8k/calibrate", "--judge runs/never --max_examples 0", "--max_examples must be at least 1, got 0."),
+        ("gsm8k/calibrate", "--judge runs/never --skip -5", "--skip must be at least 0, got -5."),
+        ("livecodebench/mine", "--output_dir runs/never --max_examples -1", "--max_examples must be at least 1"),
+        ("livecodebench/train", "--folder runs/never --num_folds 0", "--num_folds must be at least 2, got 0."),
+        ("livecodebench/generate", "--folder runs/never --fold 0 --max_examples -1", "--max_examples must be"),
+        ("livecodebench/generate", "--folder runs/never --fold 3", "train.py --folder runs/never --fold 3."),
+    ],
+)
+def test_nonsense_is_refused_before_anything_is_loaded(script, arguments, expected, monkeypatch, capsys):
+    for loaded in (AutoJudge, AutoModelForCausalLM, AutoTokenizer):
+        monkeypatch.delattr(loaded, "from_pretrained")
+    monkeypatch.delattr(AutoModelForCausalLM, "from_config")
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments.split()])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "examples" / f"{script}.py"), run_name="__main__")
+    assert stopped.value.code
+    assert expected in f"{capsys.readouterr().err}{stopped.value.code}"
+
+
 def test_a_fold_is_left_out(tmp_path):
     """Whatever that fold's labels say, the judge is the same."""
     mined, weights = made_up(), []
@@ -101,15 +152,15 @@ def test_show_mismatches(tmp_path, tokenizer):
     text = tokenizer.encode("a? <b>6 + 7</b> & so on", add_special_tokens=False)
     rows = [row(0, text, 5, text[5], text[0], 0), row(0, text, 8, text[1], text[8], 1), row(1, text, 6, 9, text[6], 1)]
     Dataset.from_list(rows).to_parquet(tmp_path / "mined.parquet")
-    command = [
-        "examples/show_mismatches.py",
-        "--data_file",
-        tmp_path / "mined.parquet",
-        "--tokenizer",
-        PAIR / "target",
-    ]
-    result = run(*command, "--output", tmp_path / "page.html")
-    assert result.returncode == 0, result.stderr
+    (tmp_path / "mined").mkdir()
+    for i in (0, 1):
+        mined = [row for row in rows if row["example_id"] == i]
+        Dataset.from_list(mined).to_parquet(tmp_path / "mined" / f"example-{i:06}.parquet")
+    command = ["examples/show_mismatches.py", "--tokenizer", PAIR / "target"]
+    for data, page in (("mined.parquet", "page.html"), ("mined", "same.html")):
+        result = run(*command, "--data_file", tmp_path / data, "--output", tmp_path / page)
+        assert result.returncode == 0, result.stderr
+    assert (tmp_path / "page.html").read_text() == (tmp_path / "same.html").read_text()
 
     class Page(HTMLParser):
         text, marks, tags = "", [], set()
@@ -213,6 +264,20 @@ def test_compare_features(tmp_path):
     assert cells[0][5].startswith("+0.0000") and cells[1][5].startswith("-0.")
 
 
+@pytest.mark.parametrize(
+    ("layout", "missing"),
+    [
+        (None, 'state_position="both", assistant_states=True, logit_features=True, assistant_logit_features=True'),
+        ({"state_position": "both", "hidden_size": 16, "logit_features": True}, "assistant_states=True, assistant_"),
+    ],
+)
+def test_features_that_are_compared_must_be_there(layout, missing, tmp_path):
+    made_up(pair={**MADE_UP_PAIR, "features": layout}).to_parquet(tmp_path / "mined.parquet")
+    result = run("examples/compare_features.py", "--data", tmp_path / "mined.parquet")
+    assert result.returncode == 2 and f"mine it with {missing}" in result.stderr
+    assert "compute_features" in result.stderr and not result.stdout
+
+
 @pytest.mark.skipif(not GSM8K_DATA.is_dir(), reason="no real GSM8K rows at ../shared/data/gsm8k")
 @pytest.mark.slow
 def test_mine_train_generate_on_real_questions(tmp_path):
@@ -258,7 +323,7 @@ def test_processes_mine_what_one_does(tmp_path):
     for number, prefix in (("1", []), ("2", [*launch, "2"]), ("3", [*launch, "3"])):
         result = run(*prefix, "examples/gsm8k/mine.py", *options, "--output_dir", tmp_path / number)
         assert result.returncode == 0, result.stderr
-        assert f"({number} processes)" in result.stdout
+        assert f"({number} {'process' if number == '1' else 'processes'})" in result.stdout
         datasets.append(Dataset.from_parquet(str(tmp_path / number / "mismatches.parquet"), cache_dir=str(tmp_path)))
     one, *others = datasets
     assert len(one) > 20
@@ -350,6 +415,16 @@ def test_models_of_the_gpu_benchmark_do_as_they_are_told():
         assert torch.equal(outputs.logits[:, 0].argmax(-1), tokens + 1 + skipped[:-2].long())
         if marked is not None:
             assert torch.equal(outputs.hidden_states[-1][:, 0].mean(dim=-1) > 0, important[:-2])
+
+
+def test_the_gpu_that_is_asked_for_is_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for device in ("cuda", "cuda:1", "cpu"):
+        monkeypatch.setattr(sys, "argv", ["benchmark_gpu.py", "--device", device, "--num_threads", "1"])
+        assert parse_arguments(argparse.ArgumentParser()).device == device
+    assert current == ["cuda:0", "cuda:1"]
 
 
 def test_what_is_timed_is_a_cycle():

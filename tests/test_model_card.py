@@ -9,12 +9,13 @@ import pytest
 import torch
 from conftest import ROOT
 from huggingface_hub import DatasetCard, ModelCard
+from matplotlib.figure import Figure
 from test_trainer import made_up
 
 from autojudge_hf import AutoJudge, JudgeConfig, JudgeTrainer, JudgeTrainingArguments, evaluation_summary
 from autojudge_hf.dataset_card import render_dataset_card
 from autojudge_hf.model_card import JudgeCard
-from autojudge_hf.plots import digest
+from autojudge_hf.plots import digest, plot_trade_off
 
 
 MODELS = {
@@ -200,6 +201,26 @@ def test_the_picture_shows_these_numbers(config, tmp_path):
     config.evaluation = []
     judge_of(config).save_pretrained(tmp_path)
     assert not (tmp_path / "trade_off.png").exists()
+
+
+def test_labels_of_a_picture_never_cover_each_other(tmp_path, monkeypatch):
+    """Of crowded points the first is labelled; one without a threshold is a point, and has no label."""
+    figures, save = [], Figure.savefig
+
+    def keep(figure, *args, **options):
+        figures.append(figure)
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    rows = [EVALUATION[0]]
+    rows += [{**EVALUATION[1], "threshold": t, "tokens_per_cycle": 12 + t / 10} for t in (0.1, 0.2, 0.3)]
+    rows += [{**EVALUATION[1], "threshold": 0.9, "tokens_per_cycle": 14.0}]
+    oracle = [EVALUATION[0], {**EVALUATION[0], "tokens_per_cycle": 16.0}]
+    plot_trade_off({"judge": rows, "oracle": oracle}, tmp_path / "plot.png")
+    (figure,) = figures
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.texts if label.get_visible()] == ["0.1", "0.9"]
+    assert [len(line.get_xdata()) for line in axes.lines if line.get_marker() == "o"] == [5, 2]
 
 
 def test_stored_cards_are_fresh(tmp_path):

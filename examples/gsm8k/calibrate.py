@@ -38,6 +38,10 @@ class Arguments:
 
 def main() -> None:
     (args,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses()
+    if args.max_examples < 1:
+        raise SystemExit(f"--max_examples must be at least 1, got {args.max_examples}.")
+    if args.skip < 0:
+        raise SystemExit(f"--skip must be at least 0, got {args.skip}.")
 
     from loading import load_pair, load_problems
 

@@ -32,6 +32,8 @@ class Arguments:
 
 def main() -> None:
     (args,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses()
+    if args.max_examples < 1:
+        raise SystemExit(f"--max_examples must be at least 1, got {args.max_examples}.")
 
     from loading import load_pair, load_problems
 

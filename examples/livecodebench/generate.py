@@ -37,8 +37,18 @@ class Arguments:
 
 def main() -> None:
     (args,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses()
+    if args.num_folds < 2:
+        raise SystemExit(f"--num_folds must be at least 2, got {args.num_folds}.")
+    if args.max_examples is not None and args.max_examples < 1:
+        raise SystemExit(f"--max_examples must be at least 1, got {args.max_examples}.")
     if not 0 <= args.fold < args.num_folds:
         raise SystemExit(f"--fold must be from 0 to {args.num_folds - 1}, got {args.fold}.")
+
+    folder = Path(args.folder) / f"fold-{args.fold}"
+    if not (folder / "judge").exists():
+        raise SystemExit(
+            f"There is no judge in {folder}: train it first, with train.py --folder {args.folder} --fold {args.fold}."
+        )
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,7 +56,6 @@ def main() -> None:
     from autojudge_hf.tasks import LiveCodeBench
     from autojudge_hf.tasks.livecodebench import load_problems
 
-    folder = Path(args.folder) / f"fold-{args.fold}"
     judge = AutoJudge.from_pretrained(folder / "judge")
     problems = load_problems(args.data_file, args.release, args.since, args.until)[: args.max_examples]
     problems = problems[args.fold :: args.num_folds]

@@ -46,6 +46,8 @@ class Arguments:
 
 def main() -> None:
     (args,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses()
+    if args.max_examples is not None and args.max_examples < 1:
+        raise SystemExit(f"--max_examples must be at least 1, got {args.max_examples}.")
 
     import torch
     from accelerate import PartialState
@@ -83,10 +85,8 @@ def main() -> None:
     if state.is_main_process:
         mined.to_parquet(folder / "mismatches.parquet")
         important = sum(mined["label"]) / len(mined)
-        print(
-            f"{len(mined)} mismatches, {important:.1%} important, in {folder / 'mismatches.parquet'} "
-            f"({state.num_processes} processes)"
-        )
+        processes = "1 process" if state.num_processes == 1 else f"{state.num_processes} processes"
+        print(f"{len(mined)} mismatches, {important:.1%} important, in {folder / 'mismatches.parquet'} ({processes})")
 
 
 if __name__ == "__main__":

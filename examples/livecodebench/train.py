@@ -25,6 +25,8 @@ class Arguments:
 
 def main() -> None:
     (args,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses()
+    if args.num_folds < 2:
+        raise SystemExit(f"--num_folds must be at least 2, got {args.num_folds}.")
     if args.fold is not None and not 0 <= args.fold < args.num_folds:
         raise SystemExit(f"--fold must be from 0 to {args.num_folds - 1}, got {args.fold}.")
 

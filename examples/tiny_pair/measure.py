@@ -103,6 +103,10 @@ def main() -> None:
     parser.add_argument("--num_problems", type=int, default=500, help="problems solved for the accuracies")
     parser.add_argument("--num_mined", type=int, default=150, help="problems mined for the shares and the AUCs")
     args = parser.parse_args()
+    # The AUCs are of five folds by problem.
+    for name, least in (("num_problems", 1), ("num_mined", 5)):
+        if (number := vars(args)[name]) < least:
+            parser.error(f"--{name} must be at least {least}, got {number}.")
     torch.set_num_threads(2)
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(HERE / "target")
