@@ -168,7 +168,7 @@ def take_fixed_cache(
     """An empty cache with room for `length` tokens and a forward of any of the widths behind them.
 
     The smallest that is large enough of those that the model's last calls gave back, if one is for as many rows. Until
-    it's given back it belongs to this call. For models of fixed shapes only: see [`has_fixed_shapes`].
+    it's given back it belongs to this call. For models of fixed shapes only: see [`why_not_fixed`].
     """
     length += max(widths)
     is_inference = torch.is_inference_mode_enabled()
@@ -217,18 +217,20 @@ def _made_for(model: PreTrainedModel) -> tuple:
     return model.config.get_text_config(decoder=True).num_hidden_layers, model.device, model.dtype
 
 
-def has_fixed_shapes(model: PreTrainedModel) -> bool:
-    """Whether a model's forward can have a shape that doesn't grow with the text."""
-    if model.device.type == "meta":  # offloaded whole
-        return False
+def why_not_fixed(model: PreTrainedModel) -> str | None:
+    """Why a model's forward can't have a shape that doesn't grow with the text; `None` where it can."""
+    if model.device.type == "meta":
+        return "is offloaded"
+    if len(set(getattr(model, "hf_device_map", {"": 0}).values())) > 1:
+        return 'is spread over several devices (load it on one, `device_map={"": 0}`, if it fits)'
+    if torch.is_autocast_enabled(model.device.type):  # keys and values may differ in dtype
+        return "runs under autocast"
+    attention = model.config._attn_implementation
+    if attention not in ("sdpa", "eager"):  # which takes the mask to end with the newest token
+        return f'has {attention!r} kernels (load it with `attn_implementation="sdpa"`)'
     layers = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=1).layers
     is_attention = all(type(x) in (StaticLayer, StaticSlidingWindowLayer, LayerOfAnother) for x in layers)
-    devices = set(getattr(model, "hf_device_map", {"": 0}).values())
-    # Others take the mask to end with the newest token.
-    reads_masks = model.config._attn_implementation in ("sdpa", "eager")
-    # Under autocast keys and values may differ in dtype.
-    is_cast = torch.is_autocast_enabled(model.device.type)
-    return model._can_compile_fullgraph and is_attention and reads_masks and len(devices) == 1 and not is_cast
+    return None if model._can_compile_fullgraph and is_attention else "has no forward that compiles as a whole"
 
 
 def num_cached(cache: Cache) -> int:

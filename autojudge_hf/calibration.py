@@ -61,7 +61,8 @@ def calibrate_threshold(
         max_drops (`Mapping[str, float]`, *optional*): names and budgets, shares of all examples that may be lost.
             Defaults to `"1 point"` and `"5 points"`.
         confidence (`float`, *optional*, defaults to 0.975): how sure to be of a budget, one-sided: 0.975 is the upper
-            end of a 95 % interval. Lower ones gain more and keep their promise less often.
+            end of a 95 % interval. Lower ones gain more and keep their promise less often; below 0.95, with some
+            hundred examples, even less often than they say.
         lossless (`dict`, *optional*): the first row that an earlier call returned for these examples and this draft
             length, where several judges are calibrated on them.
         dataset_name, split (`str`): for `evaluation_summary`.
@@ -87,6 +88,7 @@ def calibrate_threshold(
         raise ValueError(f"`confidence` must be at least 0.5 and below 1, got {confidence!r}.")
     check_names(dataset_name=dataset_name, split=split)
     dataset_name = public_name(dataset_name)
+    check_names(dataset_name=dataset_name)  # of a path, a name may be left or not
     dataset = list(dataset)
     if lossless is not None and (lossless["threshold"] is not None or len(lossless["correct"]) != len(dataset)):
         raise ValueError(

@@ -59,11 +59,12 @@ def render_dataset_card(
 ) -> str:
     """The README.md of mined mismatches; `pair` is what their `pair` column says."""
     features, dataset = pair["features"], public_name(dataset)
+    num_problems = len(set(mined.with_format(None)["example_id"][:]))
     facts = {
         "Target": model_text(pair["target"]["name"], pair["target"]["revision"]),
         "Assistant": model_text(pair["assistant"]["name"], pair["assistant"]["revision"]),
         "Task": pair["task"],
-        "Problems": f"{len(set(mined['example_id']))} with a mismatch" + (f", of {dataset}" if dataset else ""),
+        "Problems": f"{num_problems} with a mismatch" + (f", of {dataset}" if dataset else ""),
         "Mismatches": str(len(mined)),
         "Important": f"{mined.with_format('numpy')['label'][:].mean():.1%}",
         "Decoding": settings_text(pair["decoding_settings"]),

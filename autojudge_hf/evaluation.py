@@ -110,9 +110,10 @@ def evaluation_summary(
         `mean_response_length` (tokens), and what the arguments say.
     """
     check_names(dataset=dataset, split=split)
+    if not rows or rows[0]["threshold"] is not None:
+        got = f"that of threshold {rows[0]['threshold']}" if rows else "no rows"
+        raise ValueError(f"The first row must be the lossless one, got {got}.")
     lossless = rows[0]
-    if lossless["threshold"] is not None:
-        raise ValueError(f"The first row must be the lossless one, got that of threshold {lossless['threshold']}.")
     summary = []
     for row in rows:
         low, high = paired_interval(lossless["correct"], row["correct"])

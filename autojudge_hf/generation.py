@@ -14,13 +14,13 @@ from .caches import (
     CACHE_NAME,
     FixedCache,
     give_fixed_cache_back,
-    has_fixed_shapes,
     leave_behind,
     num_cached,
     rewind,
     rewindable_cache,
     shrink,
     take_fixed_cache,
+    why_not_fixed,
 )
 from .candidate_generator import JudgeCandidateGenerator, PromptLookup
 from .checks import checked_draft_length, checked_judge, warn_once
@@ -239,10 +239,15 @@ def _fixed_or_growing(
     widths: Sequence[int],
     reads_states: bool,
 ) -> Cache:
-    # Padding behind the tokens must have no positions that a model lacks; and what is compiled has no hooks.
-    is_fixed = has_fixed_shapes(model) and takes_positions(model)
-    if not is_fixed or (reads_states and not head_reads_last_states(model)):
-        warn_once(f"{type(model).__name__} can't use a static cache here, and falls back to a growing one.")
+    reason = why_not_fixed(model)
+    if reason is None and not takes_positions(model):
+        # Padding behind the tokens must have no positions that a model lacks.
+        reason = "counts positions for itself"
+    if reason is None and reads_states and not head_reads_last_states(model):
+        # What is compiled has no hooks.
+        reason = "mixes the states that a judge reads before its head sees them"
+    if reason is not None:
+        warn_once(f"{type(model).__name__} {reason}: in place of a static cache it gets a growing one.")
         return rewindable_cache(model)
     cache = take_fixed_cache(num_rows, generation_config, model, length, widths)
     at_end.callback(give_fixed_cache_back, model, cache)

@@ -61,7 +61,7 @@ def find_file(name_or_path: str | os.PathLike, filename: str, subfolder: str = "
         OSError: for a file that isn't there or can't be had.
         ValueError: for a `subfolder` that leads out.
     """
-    _check_subfolder(subfolder)
+    check_subfolder(subfolder)
     folder = Path(name_or_path)
     if folder.is_dir():
         path = folder / subfolder / filename
@@ -106,7 +106,6 @@ def push_folder(
         OSError: where the Hub refuses or can't be reached. The repository is as it was.
         ValueError: where the Hub finds fault with the card, say an unknown licence. The same.
     """
-    _check_subfolder(subfolder)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = [(Path(subfolder) / path.relative_to(folder)).as_posix() for path in files]
     operations = [CommitOperationAdd(name, str(path)) for name, path in zip(names, files)]
@@ -129,7 +128,8 @@ def commit_of(path: Path) -> str | None:
     return None
 
 
-def _check_subfolder(subfolder: str) -> None:
+def check_subfolder(subfolder: str) -> None:
+    """Raises a `ValueError` for one that leads out of a repository."""
     parts = PurePosixPath(subfolder)
     if parts.is_absolute() or ".." in parts.parts:
         raise ValueError(f"`subfolder` must be a folder of the repository, got {subfolder!r}.")

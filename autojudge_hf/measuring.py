@@ -16,7 +16,7 @@ from .draft_length import clock
 from .forward import eos_token_ids, input_device
 from .generation import JudgeDecoderOnlyOutput
 from .rows import left_padded
-from .tasks.task import Task, answers_or_errors
+from .tasks.task import Task, answers_or_errors, name_of
 
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def measure_decoding(
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"`batch_size` must be an int of at least 1, got {batch_size!r}.")
     prompts = [task.prompt(example, tokenizer) for example in examples]
+    if empty := [i for i, prompt in enumerate(prompts) if not tokenizer.encode(prompt, add_special_tokens=False)]:
+        raise ValueError(f"Example {empty[0]}: expected a prompt of at least one token, got none.")
     _check_gold_answers(task, examples)
     texts, num_tokens, num_forwards = ([None] * len(examples) for _ in range(3))
     accepted = rejected = seconds = 0
@@ -80,7 +82,7 @@ def measure_decoding(
         if is_counted:
             accepted, rejected = accepted + decisions[0], rejected + decisions[1]
     verdicts = _graded(task, examples, texts)
-    if failed := [error for error in verdicts if isinstance(error, Exception)]:
+    if failed := [error for error in verdicts if isinstance(error, BaseException)]:
         logger.warning(
             f"{description}: the task failed on {len(failed)} of {len(examples)} examples, which count as wrong: "
             f"{type(failed[0]).__name__}: {failed[0]}"
@@ -102,7 +104,7 @@ def measure_decoding(
 
 def _check_gold_answers(task: Task, examples: Sequence[Mapping[str, Any]]) -> None:
     """Fails before any decoding where a gold answer is missing."""
-    for example in examples:
+    for i, example in enumerate(examples):
         try:
             task.is_correct(example, None)
         except (TypeError, AttributeError):
@@ -110,17 +112,22 @@ def _check_gold_answers(task: Task, examples: Sequence[Mapping[str, Any]]) -> No
         except KeyError as error:
             if error.args != (None,):  # nor that it is no key
                 raise
+        except ValueError as error:
+            raise ValueError(
+                f"Example {i} can't be graded: `is_correct` of {name_of(task)}, asked before anything is decoded "
+                f"about no answer (`None`, which is wrong), failed with: {error}"
+            ) from error
 
 
-def _graded(task: Task, examples: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[bool | Exception]:
+def _graded(task: Task, examples: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[bool | BaseException]:
     """Whether each response is right; where the task fails on one, its error."""
-    verdicts: list[bool | Exception] = []
+    verdicts: list[bool | BaseException] = []
     for example, answer in zip(examples, answers_or_errors(task, examples, texts)):
         try:
             if not isinstance(answer, Exception):
                 answer = answer is not None and bool(task.is_correct(example, answer))
             verdicts.append(answer)
-        except Exception as error:  # a user's code, which may raise anything
+        except (Exception, SystemExit) as error:  # a user's code, which may raise anything
             verdicts.append(error)
     return verdicts
 

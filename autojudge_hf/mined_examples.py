@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 SETTINGS_NAME, LOCK_NAME, ARROW_NAME = "settings.json", ".lock", ".cache"
+PATTERN = "example-*.parquet"
 
 
 @dataclass
@@ -83,6 +86,8 @@ class MinedExamples:
         self._kept: dict[int, MinedExample] = {}
         if self.folder is None:
             return
+        if "::" in str(self.folder):
+            raise ValueError(f"`output_dir` can't contain '::', which chains file systems, got {self.folder.name}.")
         path, others = self.folder / SETTINGS_NAME, set()
         if self.folder.is_dir():
             # A run that was killed at its start leaves these two at most.
@@ -114,6 +119,8 @@ class MinedExamples:
             return
         try:
             written = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(written, dict):
+                raise ValueError("not a dict")
         except ValueError:
             raise ValueError(f"{path.name} in {self.folder.name} is damaged. Mine into another folder.") from None
         differences = [
@@ -163,34 +170,42 @@ class MinedExamples:
         import pyarrow.parquet
 
         finished: dict[int, FinishedExample] = {}
-        for path in sorted(self.folder.glob("example-*.parquet"), key=_example_id):
+        for path in sorted(_example_files(self.folder.glob(PATTERN)), key=_example_id):
             if _example_id(path) >= len(self.prompts):
                 continue
             try:
-                about = pyarrow.parquet.read_schema(path).metadata
-            except (pyarrow.ArrowException, OSError) as error:
-                logger.warning(f"{path.name} is damaged and will be mined again: {error}")
+                about = pyarrow.parquet.read_schema(path).metadata or {}
+                prompt, counts = about[b"prompt"].decode(), json.loads(about[b"counts"])
+            except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
+                logger.warning(f"{path.name} is damaged and will be mined again: {error!r}")
                 continue
-            if about[b"prompt"].decode() != self._prompt_hash(_example_id(path)):
+            if prompt != self._prompt_hash(_example_id(path)):
                 raise ValueError(
                     f"{path.name} in {self.folder.name} was mined from another example {_example_id(path)}. Mine "
                     "another dataset into another folder."
                 )
-            skipped, failed = about[b"skipped"].decode(), about.get(b"failed") == b"True"
-            finished[_example_id(path)] = FinishedExample(json.loads(about[b"counts"]), skipped, failed)
+            skipped, failed = about.get(b"skipped", b"").decode(), about.get(b"failed") == b"True"
+            finished[_example_id(path)] = FinishedExample(counts, skipped, failed)
         return finished
 
     def dataset(self, finished: Mapping[int, FinishedExample]) -> datasets.Dataset:
-        """All finished examples' rows; of a folder, they stay on disk."""
+        """All finished examples' rows; of a folder, they stay on disk. Raises an `OSError` where that is full."""
         import datasets
 
         with_rows = [i for i, example in finished.items() if example.counts.get("mismatches")]
         if self.folder is None or not with_rows:
             return to_dataset([row for i in with_rows for row in self._kept[i].rows], self.pair)
-        paths = [str(self._path(i)) for i in with_rows]
-        return datasets.Dataset.from_parquet(
-            paths, features=features_of(self.pair), cache_dir=str(self.folder / ARROW_NAME)
-        )
+        paths = [glob.escape(str(self._path(i))) for i in with_rows]  # patterns, to `datasets`
+        options = {"features": features_of(self.pair), "cache_dir": str(self.folder / ARROW_NAME)}
+        try:
+            return datasets.Dataset.from_parquet(paths, **options)
+        except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+            damaged = [self._path(i).name for i in with_rows if not _is_readable(self._path(i))]
+            todo = f"delete {', '.join(damaged)}, which can't be read" if damaged else "make room"
+            raise OSError(
+                f"Couldn't put the finished examples of {self.folder.name} together: {error.__cause__ or error}. They "
+                f"stay there: {todo}, and the same call goes on."
+            ) from error
 
     def _path(self, example_id: int) -> Path:
         return self.folder / f"example-{example_id:06d}.parquet"
@@ -212,10 +227,10 @@ def read_mismatches(path: str | Path) -> datasets.Dataset:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There is no {path.name}: expected a folder that mining wrote, or a Parquet file.")
-    files = sorted(path.rglob("example-*.parquet")) if path.is_dir() else [path]
+    files = sorted(_example_files(path.rglob(PATTERN))) if path.is_dir() else [path]
     # An example without mismatches has a file, too, which `datasets` wouldn't read.
     try:
-        with_rows = [str(file) for file in files if pyarrow.parquet.read_metadata(file).num_rows]
+        with_rows = [glob.escape(str(file)) for file in files if pyarrow.parquet.read_metadata(file).num_rows]
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"Expected mined mismatches in {path.name}, got what isn't Parquet: {error!s:.200}") from None
     if not with_rows:
@@ -234,8 +249,24 @@ def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
+def _is_readable(path: Path) -> bool:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError):
+        return False
+    return True
+
+
 def _part_of(path: Path) -> Path:
     return path.with_suffix(".part")
+
+
+def _example_files(found: Iterable[Path]) -> Iterator[Path]:
+    """Those that mining wrote: not what somebody copied beside them under a name like theirs."""
+    return (path for path in found if re.fullmatch(r"example-\d{6,}\.parquet", path.name))
 
 
 def _example_id(path: Path) -> int:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import logging
 import math
@@ -105,6 +106,7 @@ def mine_mismatches(
             isn't empty and wasn't written under the same settings.
     """
     _check_arguments(max_new_tokens, batch_size, features_dtype, seed, temperature)
+    temperature = float(temperature)  # as it is compared and written down
     examples = checked_examples(dataset, task)
     draft_length = checked_draft_length(num_assistant_tokens, assistant_model, None)
     check_models(model, assistant_model)
@@ -153,13 +155,16 @@ def mine_mismatches(
         )
     with state.main_process_first():
         store = MinedExamples(output_dir, pair, prompts, identity, locks=state.is_main_process)
+    # A share may take hours longer than another's, where the group's own barrier gives up after minutes.
+    everyone = _group_that_waits() if state.num_processes > 1 else None
     started, counts = time.perf_counter(), Counter()
     hook = model.register_forward_pre_hook(lambda *_: counts.update({"target forwards": 1}))
     try:
         own = range(state.process_index, len(examples), state.num_processes)
         share = [(i, examples[i], prompts[i]) for i in own]
         _mine(search, share, store, batch_size, counts, keeps_features=features_dtype is not None)
-        state.wait_for_everyone()
+        if everyone is not None:
+            torch.distributed.barrier(everyone)
         with state.main_process_first():
             finished = store.finished()
             mined = store.dataset(finished)
@@ -215,6 +220,11 @@ def _mine(
             progress.update()
 
 
+def _group_that_waits() -> torch.distributed.ProcessGroup:
+    """All processes, however long one waits for the others; one that ends with an error still ends the waiting."""
+    return torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=365))
+
+
 def _report(finished: Collection[FinishedExample], num_examples: int, took: str | None) -> None:
     """Warns of what was skipped; says what was mined, and what it took, in the process that is told that."""
     reasons = Counter(example.skipped for example in finished if example.skipped)
@@ -256,7 +266,8 @@ def _prompt_ids(
 def _peak_memory(device: torch.device) -> str:
     """The most that was allocated on a GPU, or else held by the process, so far."""
     if device.type == "cuda":
-        return f"at most {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB of GPU memory"
+        peak = sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
+        return f"at most {peak / 2**30:.1f} GiB of GPU memory"
     if sys.platform == "win32":
         return "memory not measured"
     import resource  # Unix only

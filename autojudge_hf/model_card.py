@@ -165,12 +165,9 @@ def render_custom_generate(judge_id: str) -> dict[str, str]:
     """
     templates = {"generate.py": "custom_generate.py.txt", "requirements.txt": "custom_generate_requirements.txt"}
     values = {"judge_id": repr(judge_id), "version": __version__}
-    contents = {}
-    for name, template in templates.items():
-        contents[name] = (TEMPLATES / template).read_text(encoding="utf-8")
-        for key, value in values.items():
-            contents[name] = contents[name].replace(f"{{{{ {key} }}}}", value)
-    return contents
+    texts = {name: (TEMPLATES / template).read_text(encoding="utf-8") for name, template in templates.items()}
+    # In one pass: a folder's name may look like a placeholder.
+    return {name: re.sub(r"{{ (\w+) }}", lambda found: values[found[1]], text) for name, text in texts.items()}
 
 
 def _setting(row: dict[str, Any]) -> str:

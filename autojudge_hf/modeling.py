@@ -16,7 +16,7 @@ from torch import nn
 
 from .configuration import JudgeConfig
 from .features import JudgeInputs, entropy, kl_divergence, of_candidates
-from .hub import create_repo, push_folder
+from .hub import check_subfolder, create_repo, push_folder
 from .model_card import JudgeCard, render_custom_generate
 from .plots import can_plot, plot_trade_off
 
@@ -122,6 +122,8 @@ class Judge(nn.Module):
             OSError: where the Hub refuses or can't be reached; the repository stays as it was, a new one empty.
             ValueError: where it finds fault with the card, say an unknown licence; the same.
         """
+        subfolder = subfolder or ""
+        check_subfolder(subfolder)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             self._write(folder)  # whatever is wrong with the judge is told before there is a repository

@@ -248,7 +248,7 @@ class SemiGreedySearch:
             return MinedExample([], "the target's response has no answer") if answer is None else None
         try:
             important = answer is None or not self.task.equivalent(answer, s.reference)
-        except Exception as error:  # a user's code, which may raise anything
+        except (Exception, SystemExit) as error:  # a user's code, which may raise anything
             return _failed(error)
         candidate, target = s.trial[-1], s.sequence[s.position]
         s.rows.append(
@@ -298,7 +298,7 @@ class SemiGreedySearch:
         return logits.argmax(dim=-1).tolist()
 
 
-def _failed(error: Exception) -> MinedExample:
+def _failed(error: BaseException) -> MinedExample:
     return MinedExample([], f"{type(error).__name__}: {error}", failed=True)
 
 
@@ -322,7 +322,7 @@ class GumbelNoise(LogitsProcessor):
 
     def _noise(self, tokens: list[int], size: int) -> np.ndarray:
         # A batch is padded at the front with zeros, which mustn't matter.
-        start = next((n for n, token in enumerate(tokens) if token != 0), 0)
+        start = next((n for n, token in enumerate(tokens) if token != 0), len(tokens))
         text = np.array([self.seed, *tokens[start:]], dtype=np.int64)
         key = hashlib.blake2b(text.tobytes(), digest_size=16).digest()
         return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).gumbel(size=size)

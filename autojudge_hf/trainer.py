@@ -79,7 +79,8 @@ class JudgeTrainer:
             train_dataset, eval_dataset = split_by_example(train_dataset, args.validation_size, args.seed)
         else:
             common_pair(self._pair, eval_dataset, "eval_dataset")
-            if shared := set(train_dataset["example_id"]) & set(eval_dataset["example_id"]):
+            ids = (set(part.with_format(None)["example_id"][:]) for part in (train_dataset, eval_dataset))
+            if shared := set.intersection(*ids):
                 logger.warning(
                     f"{len(shared)} example ids are in both datasets. If they are the same problems, the AUC is too "
                     "high."
@@ -112,7 +113,7 @@ class JudgeTrainer:
         self.judge.load_state_dict(fits[best] if fits else fit_judges(self.args, *self._train, [grid[best]])[0])
         self.judge.config.threshold = self._threshold_by_recall()
         metrics = self.evaluate()
-        self.judge.config.training = self._figures(grid[best], metrics["eval_auc"])
+        self.judge.config.training = self._figures(grid[best])
         self.state.log_history.append({"best_C": grid[best], **metrics})
         return self.state
 
@@ -176,8 +177,8 @@ class JudgeTrainer:
             metrics["auc"] = roc_auc(labels, logits.numpy())
         if self.compute_metrics is not None:
             own = self.compute_metrics(EvalPrediction(predictions=scores, label_ids=labels))
-            if not isinstance(own, dict):
-                raise ValueError(f"`compute_metrics` must return a dict of figures, got {own!r:.50}.")
+            if not isinstance(own, dict) or not all(isinstance(name, str) for name in own):
+                raise ValueError(f"`compute_metrics` must return a dict of figures by name, got {own!r:.50}.")
             metrics |= own
         start = f"{metric_key_prefix}_"
         metrics = {start + name.removeprefix(start): value for name, value in metrics.items()}
@@ -277,7 +278,8 @@ class JudgeTrainer:
         """The highest threshold that rejects at least `args.recall` of the important validation mismatches."""
         features, labels = self._eval
         logits = self.judge.decision_function(torch.from_numpy(features[labels == 1])).double().sort().values
-        num_missed = len(logits) - math.ceil(self.args.recall * len(logits))
+        # Rounded, or the product of 0.07 and 100 would come to 8.
+        num_missed = len(logits) - math.ceil(round(self.args.recall * len(logits), 9))
         # A hair below the score itself, which must not be accepted, whichever way the comparison is rounded.
         return float(torch.sigmoid(logits[num_missed]) * (1 - 1e-6))
 
@@ -294,8 +296,10 @@ class JudgeTrainer:
                 "are important. Mine more examples, or other features."
             )
 
-    def _figures(self, C: float, auc: float) -> dict[str, Any]:
+    def _figures(self, C: float) -> dict[str, Any]:
         """What the card says of the fit."""
+        features, of_eval = self._eval
+        auc = roc_auc(of_eval, self.judge.decision_function(torch.from_numpy(features)).numpy())
         labels = np.concatenate([self._train[1], self._eval[1]])
         return {
             "Mismatches": f"{len(self._train[1])} for training, {len(self._eval[1])} for validation",

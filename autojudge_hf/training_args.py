@@ -74,10 +74,14 @@ class JudgeTrainingArguments:
                 raise ValueError(f"`{name}` must be an int of at least {least}, got {value!r:.50}.")
         for name in ("validation_size", "recall"):
             value = getattr(self, name)
-            if not 0.0 < value < 1.0 and not (name == "recall" and value == 1.0):
+            is_number = isinstance(value, (int, float))
+            if not (is_number and 0.0 < value < 1.0) and not (name == "recall" and value == 1.0):
                 raise ValueError(f"`{name}` must be a share between 0 and 1, got {value!r}.")
-        if not self.C_grid or not all(0 < c < 1e9 for c in self.C_grid):
-            raise ValueError(f"`C_grid` needs at least one value, all above 0 and below 1e9, got {self.C_grid!r}.")
+        if not isinstance(self.C_grid, (list, tuple)) or not self.C_grid or not all(0 < c < 1e9 for c in self.C_grid):
+            raise ValueError(
+                f"`C_grid` must be a list of at least one value, all above 0 and below 1e9, got {self.C_grid!r}."
+            )
+        self.C_grid = list(map(float, self.C_grid))
         if self.class_weight not in (None, "balanced"):
             raise ValueError(f"`class_weight` must be None or 'balanced', got {self.class_weight!r}.")
         if self.judge_type not in LEARNED:

@@ -72,9 +72,11 @@ def split_by_example(
 
 def to_arrays(dataset: datasets.Dataset, name: str, num_features: int) -> tuple[np.ndarray, np.ndarray]:
     """Features as float32 of shape `(n, num_features)` and labels of shape `(n,)`, checked."""
-    labels = np.asarray(dataset["label"], dtype=np.int64)
-    if other := sorted(set(labels.tolist()) - {0, 1}):
+    labels = dataset.with_format(None)["label"][:]
+    if other := {label for label in labels if label not in (0, 1)}:
+        other = sorted(other, key=str)
         raise ValueError(f"A label is 0 (unimportant) or 1 (important), the {name} rows hold {other}.")
+    labels = np.asarray(labels, dtype=np.int64)
     features = dataset.with_format("numpy")["features"][:]
     if features.ndim != 2 or features.shape[1] != num_features:
         widths = sorted({len(row) for row in features})

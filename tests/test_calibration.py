@@ -59,6 +59,7 @@ def test_threshold_is_the_last_before_the_first_that_costs_too_much(monkeypatch,
         ([right, right], {"max_drops": {"none": 0.0}}, "got .0.0. in `max_drops`.*No sample"),
         ([right, right], {"max_drops": {"1 point": "0.01"}}, "0.01 for 1 point; got .'0.01'."),
         ([right, right], {"dataset_name": None}, "`dataset_name`.*None"),
+        ([right, right], {"dataset_name": "/"}, "`dataset_name` must be a name"),
         ([right, right], {"split": 3}, "`split` must be a name.*3"),
         ([right, right], {"lossless": of_others}, "lossless row of these 1000 examples, got one of 7"),
     ):

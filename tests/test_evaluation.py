@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measuring: the figures against a literal count, plain greedy under any generation config, refusals."""
 
+import ast
 import copy
 import functools
 
@@ -180,6 +181,23 @@ def test_a_task_that_fails_on_an_example_costs_that_example(pair, tokenizer, top
         assert row["correct"] == [True, False, True] and "of numbers" not in caplog.text
     with pytest.raises(KeyError, match="even"):  # what a task needs is asked for before anything is decoded
         measure_decoding(pair[0], tokenizer, [{"text": "?"}], EvenLength(), "of numbers", **options)
+
+    class OfLiterals(EvenLength):
+        def is_correct(self, example, answer):
+            return ast.literal_eval(answer) == 1
+
+    with pytest.raises(ValueError, match=r"Example 0 can't be graded: .*`None`, which is wrong.*malformed"):
+        measure_decoding(pair[0], tokenizer, EXAMPLES, OfLiterals(), "of literals", **options)
+
+
+def test_prompts_are_looked_at_before_anything_is_decoded(pair, tokenizer):
+    examples = [*EXAMPLES, {**EXAMPLES[0], "text": ""}]
+    hook = pair[0].register_forward_pre_hook(lambda *_: pytest.fail("decoded"))
+    try:
+        with pytest.raises(ValueError, match="Example 3: expected a prompt of at least one token"):
+            measure_decoding(pair[0], tokenizer, examples, EvenLength(), "empty", max_new_tokens=3)
+    finally:
+        hook.remove()
 
 
 def test_stop_strings_of_the_models_own_are_left_out(pair, tokenizer, top_k):

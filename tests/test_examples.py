@@ -335,6 +335,40 @@ def test_processes_mine_what_one_does(tmp_path):
         )
 
 
+SLOW_SHARE = """
+import datetime, sys, time
+sys.path.insert(0, "examples")
+from accelerate import PartialState
+from embedded_pair import load_pair, read_problems
+from autojudge_hf import mine_mismatches
+from autojudge_hf.tasks import GSM8K
+
+state = PartialState(cpu=True, timeout=datetime.timedelta(seconds=5))
+
+class Slow(GSM8K):
+    seconds = 12 * state.is_main_process
+
+    def extract_answers(self, examples, texts):
+        time.sleep(self.seconds)
+        self.seconds = 0
+        return ["1"] * len(texts)
+
+mined = mine_mismatches(*load_pair(), read_problems("train", 2), Slow(), max_new_tokens=2, output_dir=sys.argv[1])
+print(f"process {state.process_index} of {state.num_processes} has the whole: {mined['prompt_length'][:] != []}")
+"""
+
+
+@pytest.mark.slow
+def test_a_process_waits_for_one_that_takes_longer(tmp_path):
+    """Shares may take hours more or less, and the process group's own barrier gives up after minutes."""
+    (tmp_path / "slow_share.py").write_text(SLOW_SHARE)
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", "2"]
+    result = run(*launch, tmp_path / "slow_share.py", tmp_path / "mined")
+    assert result.returncode == 0, result.stderr
+    assert all(f"process {i} of 2 has the whole" in result.stdout for i in range(2))
+
+
 PATTERNS = (
     ("+", r"buys (\d+) more|finds (\d+)|gives [A-Z]\w+ (\d+)|wins (\d+)"),
     ("-", r"loses (\d+)|gives (\d+) \w+ to|borrows (\d+)|sells (\d+)"),

@@ -200,13 +200,16 @@ def test_revisions_subfolders_and_caches(hub, client, tmp_path):
         linear(seed).push_to_hub("user/judges", subfolder=name, commit_message="Add " + name)
     print(torch.equal(load("user/judges", subfolder="code").weight, linear(1).weight))
     attempt(load, "user/judges", subfolder="poems")
+    attempt(linear(1).push_to_hub, "user/others", subfolder="../poems")
     """
     )
     lines = output.splitlines()
     assert lines[:3] == ["0.2 0.1", "0.1", "0.1"]
     assert "no such `revision`" in lines[3] and "isn't in the cache" in lines[4] and lines[5] == "True"
     assert "poems/config.json of 'user/judges': it has no such file" in lines[6]
-    assert cache.is_dir() and len(lines) == 7
+    assert "`subfolder` must be a folder of the repository, got '../poems'" in lines[7]
+    assert ("models", "user/others") not in hub.repos
+    assert cache.is_dir() and len(lines) == 8
     assert [commit[2] for commit in hub.repos["models", "user/judges"].commits[1:]] == ["Add gsm8k", "Add code"]
 
 

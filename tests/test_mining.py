@@ -345,6 +345,13 @@ def test_sampled_mining_is_algorithm_1_under_one_noise(random_pair):
     assert found(mine_random(random_pair, temperature=0.7, seed=6)) != found(mined)
 
 
+def test_gumbel_noise_of_a_prompt_that_looks_like_padding():
+    noise, logits = GumbelNoise(temperature=0.7, seed=5), torch.zeros(1, 32)
+    alone = noise(torch.tensor([[0]]), logits)
+    assert torch.equal(noise(torch.tensor([[0, 0, 0]]), logits), alone)
+    assert not torch.equal(noise(torch.tensor([[0, 3]]), logits), alone)
+
+
 def test_gumbel_noise_draws_from_the_softmax():
     logits = torch.tensor([[2.0, 0.5, 1.0, -1.0, -torch.inf]])
     tokens = torch.tensor([[4, 1, 7]])
@@ -587,6 +594,45 @@ def test_a_damaged_file_is_mined_again(random_pair, tmp_path, caplog):
     again = mine_random(random_pair, output_dir=tmp_path / "mined")
     assert_same(again, whole)
     assert caplog.text.count("is damaged and will be mined again") == 2
+
+
+def test_what_others_put_into_a_folder_is_none_of_it(random_pair, tmp_path, caplog):
+    """Copies of a file, as programs that synchronise folders leave them, and Parquet of another kind."""
+    whole = mine_random(random_pair, output_dir=tmp_path / "mined")
+    first, second = (tmp_path / "mined" / f"example-{number:06d}.parquet" for number in (0, 1))
+    for name in ("example-000000 (1).parquet", "example-000000-copy.parquet"):
+        (tmp_path / "mined" / name).write_bytes(first.read_bytes())
+    datasets.Dataset.from_dict({"answer": [1]}).to_parquet(second)
+    assert_same(mine_random(random_pair, output_dir=tmp_path / "mined"), whole)
+    assert caplog.text.count("example-000001.parquet is damaged and will be mined again") == 1
+    assert len(read_mismatches(tmp_path / "mined")) == len(whole)
+    (tmp_path / "mined" / "settings.json").write_text("[]")
+    with pytest.raises(ValueError, match="settings.json in mined is damaged"):
+        mine_random(random_pair, output_dir=tmp_path / "mined")
+
+
+def test_pages_that_cannot_be_read_are_named(random_pair, tmp_path):
+    mine_random(random_pair, output_dir=tmp_path / "mined")
+    path = max((tmp_path / "mined").glob("example-*.parquet"), key=lambda path: path.stat().st_size)
+    content = path.read_bytes()
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    path.write_bytes(content[:4] + bytes(footer - 4) + content[footer:])
+    with pytest.raises(OSError, match=f"delete {path.name}, which can't be read, and the same call goes on"):
+        mine_random(random_pair, output_dir=tmp_path / "mined")
+    path.unlink()
+    assert_same(mine_random(random_pair, output_dir=tmp_path / "mined"), mine_random(random_pair))
+
+
+@pytest.mark.parametrize("name", ["judge[1]", "run*", "what?"])
+def test_names_of_folders_are_no_patterns(random_pair, tmp_path, name):
+    """`datasets` takes paths for patterns, and these for the names of siblings, too."""
+    for sibling in ("judge1", "runs", "whats"):
+        mine_random(random_pair, EXAMPLES[:2], output_dir=tmp_path / sibling)
+    expected = mine_random(random_pair, EXAMPLES[2:], output_dir=tmp_path / name)
+    assert found(expected) == found(mine_random(random_pair, EXAMPLES[2:]))
+    assert read_mismatches(tmp_path / name).to_list() == expected.to_list()
+    with pytest.raises(ValueError, match="can't contain '::'"):
+        mine_random(random_pair, EXAMPLES[:1], output_dir=tmp_path / "a::b")
 
 
 def test_fewer_examples_than_a_folder_has(random_pair, tmp_path):

@@ -273,8 +273,27 @@ def test_compute_metrics(tmp_path):
     metrics = ours.evaluate()
     assert 0 < metrics["eval_share"] < 1 and metrics["eval_named"] == 1.0
     ours.compute_metrics = lambda prediction: None
-    with pytest.raises(ValueError, match="must return a dict of figures, got None"):
+    with pytest.raises(ValueError, match="must return a dict of figures by name, got None"):
         ours.evaluate()
+
+
+def test_the_cards_auc_is_the_trainers_own(tmp_path):
+    figures = []
+    for own in ({}, {"auc": None}, {"auc": np.float32(0.5)}):
+        args = JudgeTrainingArguments(output_dir=str(tmp_path / "out"), C_grid=[np.float32(0.1)])
+        ours = JudgeTrainer(args, made_up(), compute_metrics=lambda _, own=own: own)
+        ours.train()
+        ours.judge.save_pretrained(tmp_path / str(len(figures)))
+        figures.append(ours.judge.config.training)
+    assert figures[0]["Validation ROC-AUC"] > 0.6 and all(other == figures[0] for other in figures)
+
+
+def test_datasets_of_tensors(tmp_path, caplog):
+    """Whose ids are equal by value, not by being the same object."""
+    rows = made_up().with_format("torch")
+    ours = trainer(tmp_path, rows, rows)
+    assert "60 example ids are in both datasets" in caplog.text
+    np.testing.assert_array_equal(ours._train[0], trainer(tmp_path, made_up(), made_up())._train[0])
 
 
 def test_rows_of_one_kind_are_scored(tmp_path):
@@ -333,9 +352,14 @@ def test_refusals(tmp_path, caplog):
     labels = np.arange(480) % 3
     with pytest.raises(ValueError, match=r"0 \(unimportant\) or 1 \(important\), the .* hold \[2\]"):
         trainer(tmp_path, made_up(label=labels))
-    for C in (0.0, float("nan"), float("inf")):
+    with pytest.raises(ValueError, match=r"the .* hold \[0.7\]"):
+        trainer(tmp_path, made_up(label=np.where(labels == 2, 0.7, labels)))
+    for grid in ([0.0], [float("nan")], [float("inf")], 0.1, {0.1}, []):
         with pytest.raises(ValueError, match="C_grid"):
-            trainer(tmp_path, good, C_grid=[C])
+            trainer(tmp_path, good, C_grid=grid)
+    for wrong in ({"validation_size": "0.1"}, {"validation_size": None}, {"recall": None}):
+        with pytest.raises(ValueError, match="must be a share between 0 and 1"):
+            trainer(tmp_path, good, **wrong)
     untrained = trainer(tmp_path, good)
     with pytest.raises(ValueError, match="isn't trained yet"):
         untrained.evaluate()
