@@ -49,7 +49,10 @@ def is_compiled(model: PreTrainedModel) -> bool:
     return any(
         hasattr(module, "_orig_mod")
         or module._compiled_call_impl is not None
-        or hasattr(module.forward, "_torchdynamo_orig_callable")
+        or (
+            hasattr(module.forward, "_torchdynamo_orig_callable")
+            and not getattr(module.forward, "_torchdynamo_disable", False)
+        )
         for module in (model, unwrapped(model))
     )
 
@@ -264,23 +267,35 @@ def positions_of(mask: torch.Tensor) -> torch.Tensor:
 
 #: Of models that were asked already.
 _reads_last_states: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+# How compiled forwards run is said for the whole process, and of two threads that say so the last would leave it so.
+_asking = threading.Lock()
 
 
 @torch.no_grad()
 def head_reads_last_states(model: PreTrainedModel) -> bool:
     """Whether a model's head reads the last of its hidden states as they are; some scale or mix them first."""
-    if model not in _reads_last_states:
-        token, seen = torch.zeros(1, 1, dtype=torch.long, device=input_device(model)), []
-        hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        # Where graphs have no hooks. (To ask for that takes seconds in a process that compiles nothing.)
-        uncompiled = torch.compiler.set_stance("force_eager") if is_compiled(model) else contextlib.nullcontext()
-        try:
-            with uncompiled:
-                states = model(input_ids=token, output_hidden_states=True, return_dict=True).hidden_states
-        finally:
-            hook.remove()
-        _reads_last_states[model] = states is not None and torch.equal(states[-1], seen[-1])
-    return _reads_last_states[model]
+    with _asking:
+        if model not in _reads_last_states:
+            _reads_last_states[model] = _ask_whether_head_reads_last_states(model)
+        return _reads_last_states[model]
+
+
+def _ask_whether_head_reads_last_states(model: PreTrainedModel) -> bool:
+    token, thread, seen = torch.zeros(1, 1, dtype=torch.long, device=input_device(model)), threading.get_ident(), []
+
+    def see(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if threading.get_ident() == thread:
+            seen.append(inputs[0])
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(see)
+    # Where graphs have no hooks. (To ask for that takes seconds in a process that compiles nothing.)
+    uncompiled = torch.compiler.set_stance("force_eager") if is_compiled(model) else contextlib.nullcontext()
+    try:
+        with uncompiled:
+            states = model(input_ids=token, output_hidden_states=True, return_dict=True).hidden_states
+    finally:
+        hook.remove()
+    return states is not None and torch.equal(states[-1], seen[-1])
 
 
 def takes_positions(model: PreTrainedModel) -> bool:

@@ -87,7 +87,9 @@ class MinedExamples:
         if self.folder is None:
             return
         if "::" in str(self.folder):
-            raise ValueError(f"`output_dir` can't contain '::', which chains file systems, got {self.folder.name}.")
+            raise ValueError(
+                "`output_dir` can't have '::' in its path, which chains file systems. Give another folder."
+            )
         path, others = self.folder / SETTINGS_NAME, set()
         if self.folder.is_dir():
             # A run that was killed at its start leaves these two at most.

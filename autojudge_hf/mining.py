@@ -163,14 +163,17 @@ def mine_mismatches(
         own = range(state.process_index, len(examples), state.num_processes)
         share = [(i, examples[i], prompts[i]) for i in own]
         _mine(search, share, store, batch_size, counts, keeps_features=features_dtype is not None)
-        if everyone is not None:
-            torch.distributed.barrier(everyone)
-        with state.main_process_first():
-            finished = store.finished()
-            mined = store.dataset(finished)
+        for is_mains_turn in (True, False):
+            if everyone is not None:
+                torch.distributed.barrier(everyone)
+            if state.is_main_process == is_mains_turn:
+                finished = store.finished()
+                mined = store.dataset(finished)
     finally:
         hook.remove()
         store.close()
+        if everyone is not None:
+            torch.distributed.destroy_process_group(everyone)
     took = (
         f"{counts['target forwards']} target forwards and {time.perf_counter() - started:.0f} seconds in this "
         f"process, {_peak_memory(model.device)}"

@@ -227,24 +227,27 @@ class RuleJudge(TopKJudge):
     """The rule for mathematics (AutoJudge, arXiv 2504.20039): symbols are important, else the rank decides.
 
     A mismatch is rejected where the candidate or the target's best token is one of `config.important_token_ids`
-    (without any it is `top_k`); [`symbol_token_ids`] finds a tokenizer's numbers and operators.
+    (without any it is `top_k`), as they are when the judge is made; [`symbol_token_ids`] finds a tokenizer's numbers
+    and operators.
     """
 
     judge_type = "rule"
 
     def __init__(self, config: JudgeConfig):
         super().__init__(config)
-        # By token id, on the device like weights, so that a question waits for nothing. All above the highest of the
-        # important ones share the last place. (Judges are loaded on the meta device.)
-        symbols = set(config.important_token_ids)
-        is_symbol = [token in symbols for token in range(max(symbols, default=-1) + 2)]
-        self.register_buffer("is_symbol", torch.tensor(is_symbol, device="cpu"), persistent=False)
+        # On the device like weights, and in order, so that a question waits for nothing. (Judges are loaded on the
+        # meta device.)
+        symbols = torch.tensor(sorted(config.important_token_ids) or [-1], dtype=torch.long, device="cpu")
+        self.register_buffer("symbols", symbols, persistent=False)
 
     def forward(self, inputs: JudgeInputs) -> torch.Tensor:
-        own, is_symbol = inputs.target_logits.argmax(dim=-1), self.is_symbol.to(inputs.candidate_ids.device)
-        last = len(is_symbol) - 1
-        is_important = is_symbol[inputs.candidate_ids.clamp(max=last)] | is_symbol[own.clamp(max=last)]
+        is_important = self._are_symbols(inputs.candidate_ids) | self._are_symbols(inputs.target_logits.argmax(dim=-1))
         return torch.where(is_important, torch.inf, super().forward(inputs))
+
+    def _are_symbols(self, token_ids: torch.Tensor) -> torch.Tensor:
+        symbols = self.symbols.to(token_ids.device)
+        places = torch.searchsorted(symbols, token_ids).clamp(max=len(symbols) - 1)
+        return symbols[places] == token_ids
 
 
 def symbol_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

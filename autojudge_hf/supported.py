@@ -89,7 +89,8 @@ def check_supported(
         ),
         "batches of models whose `forward` takes no `position_ids`": len(input_ids) > 1
         and not all(map(takes_positions, models)),
-        "`adapter_names` for several prompts: they would stay where they are when a row ends": len(input_ids) > 1
+        "`adapter_names` for several prompts, which would stay where they are when a row ends (pass one prompt at a "
+        "time; and as PEFT leaves its hooks in a model where a call fails, load it again)": len(input_ids) > 1
         and "adapter_names" in told,
         "activated LoRA (aLoRA), which goes by the number of tokens of a forward": "alora_offsets" in told,
         "streamers with several prompts": len(input_ids) > 1 and streamer is not None,

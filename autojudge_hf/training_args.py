@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from .configuration import LEARNED
 
@@ -74,10 +78,11 @@ class JudgeTrainingArguments:
                 raise ValueError(f"`{name}` must be an int of at least {least}, got {value!r:.50}.")
         for name in ("validation_size", "recall"):
             value = getattr(self, name)
-            is_number = isinstance(value, (int, float))
+            is_number = isinstance(value, numbers.Real)
             if not (is_number and 0.0 < value < 1.0) and not (name == "recall" and value == 1.0):
                 raise ValueError(f"`{name}` must be a share between 0 and 1, got {value!r}.")
-        if not isinstance(self.C_grid, (list, tuple)) or not self.C_grid or not all(0 < c < 1e9 for c in self.C_grid):
+        is_list = isinstance(self.C_grid, (Sequence, np.ndarray)) and len(self.C_grid) > 0
+        if not is_list or not all(0 < c < 1e9 for c in self.C_grid):
             raise ValueError(
                 f"`C_grid` must be a list of at least one value, all above 0 and below 1e9, got {self.C_grid!r}."
             )

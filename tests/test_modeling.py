@@ -154,6 +154,9 @@ def test_a_rule_judge_is_top_k_but_for_symbols(tmp_path, tokenizer):
         assert harmless(score, 0.99) == (not is_symbol and harmless(expected, 0.99))
         assert is_symbol or score == expected
     assert harmless(scores, 1.0).all()
+    for others in ([], [2**31 - 1]):  # however large an id, it takes no more room than another
+        judge = RuleJudge(JudgeConfig(judge_type="rule", important_token_ids=others))
+        assert torch.equal(judge(inputs), by_rank) and judge.symbols.numel() == 1
     texts = {token: tokenizer.decode([token]) for token in symbol_token_ids(tokenizer)}
     assert {"0", "=", "+"} <= {text.strip() for text in texts.values()} and all(texts.values())
     assert not {"apples", "the"} & {text.strip() for text in texts.values()}

@@ -360,7 +360,9 @@ def test_refusals(tmp_path, caplog):
     for wrong in ({"validation_size": "0.1"}, {"validation_size": None}, {"recall": None}):
         with pytest.raises(ValueError, match="must be a share between 0 and 1"):
             trainer(tmp_path, good, **wrong)
-    untrained = trainer(tmp_path, good)
+    for grid in (range(1, 3), np.logspace(-1, 0, 2)):
+        untrained = trainer(tmp_path, good, C_grid=grid, recall=np.float32(0.9), validation_size=np.float32(0.2))
+        assert all(type(C) is float for C in untrained.args.C_grid)
     with pytest.raises(ValueError, match="isn't trained yet"):
         untrained.evaluate()
     with pytest.raises(ValueError, match="2 different minings"):

@@ -41,6 +41,7 @@ import autojudge_hf.generation
 from autojudge_hf import AutoJudge, JudgeConfig, mine_mismatches
 from autojudge_hf.caches import CACHE_NAME, kept_caches
 from autojudge_hf.draft_length import AdaptiveDraftLength
+from autojudge_hf.forward import head_reads_last_states, is_compiled
 from autojudge_hf.outputs import COUNTS
 from autojudge_hf.prefixes import Prefixes
 from autojudge_hf.tasks import GSM8K
@@ -698,6 +699,46 @@ def test_a_compiled_target_gives_a_judge_its_states(random_pair, linear_judge, w
         compiled = model.generate(prompt, judge_threshold=threshold, **options)
         assert torch.equal(compiled.sequences, output.sequences)
         assert torch.equal(compiled.num_judge_accepted, output.num_judge_accepted)
+
+
+def test_another_threads_forward_is_not_what_the_head_reads():
+    model = random_llama()
+
+    def meanwhile(*_):
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=model, args=(PROMPT,))
+            thread.start()
+            thread.join()
+
+    model.lm_head.register_forward_hook(meanwhile)
+    assert head_reads_last_states(model)
+
+
+def test_a_forward_that_is_kept_from_being_compiled_is_not_compiled():
+    model = random_llama()
+    assert not is_compiled(model)
+    model.forward = torch.compiler.disable(model.forward)
+    assert not is_compiled(model)
+
+
+def test_models_are_asked_one_after_the_other():
+    """Compiled ones run eagerly, which is said for the process: of two threads the last would leave it so."""
+    inside, met = threading.Barrier(2), []
+
+    def meet(*_):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            inside.wait(timeout=1)
+            met.append(True)
+
+    models = [random_llama(), random_llama()]
+    for model in models:
+        model.lm_head.register_forward_hook(meet)
+    threads = [threading.Thread(target=head_reads_last_states, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not met
 
 
 @pytest.mark.usefixtures("compiler")
