@@ -230,11 +230,9 @@ def why_not_fixed(model: PreTrainedModel) -> str | None:
         return f'has {attention!r} kernels (load it with `attn_implementation="sdpa"`)'
     layers = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=1).layers
     is_attention = all(type(x) in (StaticLayer, StaticSlidingWindowLayer, LayerOfAnother) for x in layers)
-    return (
-        None
-        if model._can_compile_fullgraph and is_attention
-        else "has a forward that doesn't compile as a whole, or layers other than attention's"
-    )
+    if not model._can_compile_fullgraph or not is_attention:
+        return "has a forward that doesn't compile as a whole, or layers other than attention's"
+    return None
 
 
 def num_cached(cache: Cache) -> int:
