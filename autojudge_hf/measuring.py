@@ -57,8 +57,9 @@ def measure_decoding(
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"`batch_size` must be an int of at least 1, got {batch_size!r}.")
     prompts = [task.prompt(example, tokenizer) for example in examples]
-    if empty := [i for i, prompt in enumerate(prompts) if not tokenizer.encode(prompt, add_special_tokens=False)]:
-        raise ValueError(f"Example {empty[0]}: expected a prompt of at least one token, got none.")
+    prompt_ids = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
+    if [] in prompt_ids:
+        raise ValueError(f"Example {prompt_ids.index([])}: expected a prompt of at least one token, got none.")
     _check_gold_answers(task, examples)
     texts, num_tokens, num_forwards = ([None] * len(examples) for _ in range(3))
     accepted = rejected = seconds = 0
@@ -68,7 +69,7 @@ def measure_decoding(
     batches = [order[i : i + batch_size] for i in range(0, len(examples), batch_size)]
     decode = functools.partial(decode_batch, model, max_new_tokens=max_new_tokens, **generate_kwargs)
     for number, batch in enumerate(tqdm(batches, desc=description, unit="batch")):
-        inputs = _inputs(model, tokenizer, [prompts[i] for i in batch])
+        inputs = _inputs(model, tokenizer, [prompt_ids[i] for i in batch])
         if number == 0:
             decode(inputs)
         started = clock(model.device)
@@ -132,10 +133,11 @@ def _graded(task: Task, examples: Sequence[Mapping[str, Any]], texts: Sequence[s
     return verdicts
 
 
-def _inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> dict[str, torch.Tensor]:
+def _inputs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> dict[str, torch.Tensor]:
     """Padded on the left, without a word to the tokenizer: not every one has a padding token."""
-    texts = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
-    input_ids, attention_mask = left_padded(texts, tokenizer.pad_token_id or 0)
+    input_ids, attention_mask = left_padded(prompts, tokenizer.pad_token_id or 0)
     device = input_device(model)
     return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
 

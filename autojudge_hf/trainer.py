@@ -298,12 +298,10 @@ class JudgeTrainer:
 
     def _figures(self, C: float) -> dict[str, Any]:
         """What the card says of the fit."""
-        features, of_eval = self._eval
-        auc = roc_auc(of_eval, self.judge.decision_function(torch.from_numpy(features)).numpy())
         labels = np.concatenate([self._train[1], self._eval[1]])
         return {
             "Mismatches": f"{len(self._train[1])} for training, {len(self._eval[1])} for validation",
             "Important": f"{labels.mean():.1%}",
             "C": C,
-            "Validation ROC-AUC": round(auc, 4),
+            "Validation ROC-AUC": round(self._eval_auc(self.judge.state_dict()), 4),
         }
