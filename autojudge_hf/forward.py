@@ -8,6 +8,7 @@ import copy
 import functools
 import inspect
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -17,6 +18,7 @@ from .caches import CACHE_NAME, FixedCache
 
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
     from transformers.cache_utils import Cache
 
@@ -97,16 +99,25 @@ class HeadInputs(contextlib.AbstractContextManager):
     def listen(self) -> None:
         """Hooks the module, unless that was done; forwards that are compiled never ask for it."""
         if self._hook is None:
-            self._thread = threading.get_ident()
-            self._hook = self.model.get_output_embeddings().register_forward_pre_hook(self._see)
+            self._hook = _tell_what_the_head_reads(self.model, self._keep)
 
-    def _see(self, _: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if threading.get_ident() == self._thread:
-            self.newest = inputs[0]
+    def _keep(self, states: torch.Tensor) -> None:
+        self.newest = states
 
     def __exit__(self, *_: object) -> None:
         if self._hook is not None:
             self._hook.remove()
+
+
+def _tell_what_the_head_reads(model: PreTrainedModel, tell: Callable[[torch.Tensor], None]) -> RemovableHandle:
+    """A hook for the forwards of this thread; to be removed."""
+    thread = threading.get_ident()
+
+    def see(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if threading.get_ident() == thread:
+            tell(inputs[0])
+
+    return model.get_output_embeddings().register_forward_pre_hook(see)
 
 
 def cached_forward(
@@ -281,13 +292,8 @@ def head_reads_last_states(model: PreTrainedModel) -> bool:
 
 
 def _ask_whether_head_reads_last_states(model: PreTrainedModel) -> bool:
-    token, thread, seen = torch.zeros(1, 1, dtype=torch.long, device=input_device(model)), threading.get_ident(), []
-
-    def see(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if threading.get_ident() == thread:
-            seen.append(inputs[0])
-
-    hook = model.get_output_embeddings().register_forward_pre_hook(see)
+    token, seen = torch.zeros(1, 1, dtype=torch.long, device=input_device(model)), []
+    hook = _tell_what_the_head_reads(model, seen.append)
     # Where graphs have no hooks. (To ask for that takes seconds in a process that compiles nothing.)
     uncompiled = torch.compiler.set_stance("force_eager") if is_compiled(model) else contextlib.nullcontext()
     try:
