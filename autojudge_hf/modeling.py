@@ -246,7 +246,7 @@ class RuleJudge(TopKJudge):
 
     def _are_symbols(self, token_ids: torch.Tensor) -> torch.Tensor:
         symbols = self.symbols.to(token_ids.device)
-        places = torch.searchsorted(symbols, token_ids).clamp(max=len(symbols) - 1)
+        places = torch.searchsorted(symbols, token_ids.contiguous()).clamp(max=len(symbols) - 1)
         return symbols[places] == token_ids
 
 
