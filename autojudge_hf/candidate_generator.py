@@ -10,8 +10,11 @@ import torch
 from transformers.generation import CandidateGenerator
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
-from .caches import FixedCache, num_cached, rewind, rewindable_cache, shrink
-from .forward import HeadInputs, cached_forward, fixed_draft, input_device, of_vocabulary, vocab_size
+from .caches import num_cached, rewind, rewindable_cache, shrink
+from .fixed_cache import FixedCache
+from .forward import cached_forward, fixed_draft
+from .head_inputs import HeadInputs
+from .model_properties import input_device, of_vocabulary, vocab_size
 
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .configuration import checked_threshold, decoding_settings, public_name
 from .draft_length import ADAPTIVE, DEFAULT_DRAFT_LENGTH
-from .forward import hidden_size, vocab_size
+from .model_properties import hidden_size, vocab_size
 from .modeling import Judge
 
 

@@ -11,7 +11,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from .configuration import public_name
 from .hub import create_repo, push_folder
-from .mined_examples import pair_of
+from .mined_rows import pair_of
 from .model_card import TAGS, TEMPLATES, is_hub_id, model_text, plain, settings_text
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decoding loop, and what it returns."""
+"""The decoding loop."""
 
 from __future__ import annotations
 
@@ -10,31 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .caches import (
-    CACHE_NAME,
-    FixedCache,
-    give_fixed_cache_back,
-    leave_behind,
-    num_cached,
-    rewind,
-    rewindable_cache,
-    shrink,
-    take_fixed_cache,
-    why_not_fixed,
-)
+from .caches import leave_behind, num_cached, rewind, rewindable_cache, shrink
 from .candidate_generator import JudgeCandidateGenerator, PromptLookup
 from .checks import checked_draft_length, checked_judge, warn_once
 from .draft_length import draft_schedule
-from .forward import (
-    HeadInputs,
-    cached_forward,
-    first_layers,
-    head_reads_last_states,
-    input_device,
-    max_positions,
-    takes_positions,
-)
+from .early_exit import first_layers
+from .fixed_cache import FixedCache, give_fixed_cache_back, take_fixed_cache, why_not_fixed
+from .forward import cached_forward
+from .head_inputs import HeadInputs, head_reads_last_states
 from .judging import Judging
+from .model_properties import CACHE_NAME, input_device, max_positions, takes_positions
 from .outputs import JudgeDecoderOnlyOutput, KeptOutputs
 from .rows import RowProcessors, Rows, StopRule
 from .supported import check_supported
@@ -187,7 +172,7 @@ def judge_decoding(
             if judging.wants(verification.matches):
                 is_harmless = judging(candidate_ids, processed, outputs.states, drafter.states, assistant_logits)
             blocks, finished = [], []
-            outcomes = verification.on_host(candidate_ids, is_harmless, lengths, stop.eos_token_ids)
+            outcomes = verification.accept(candidate_ids, is_harmless, lengths, stop.eos_token_ids)
             for j, outcome in enumerate(outcomes):
                 row, block = rows.active[j], outcome.block
                 scores = kept.scores(row, processed[j, : len(block)]) if stop.others else None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .features import of_candidates
-from .forward import input_device
+from .model_properties import input_device
 
 
 if TYPE_CHECKING:

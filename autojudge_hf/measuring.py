@@ -13,8 +13,8 @@ import torch
 from tqdm.auto import tqdm
 
 from .draft_length import clock
-from .forward import eos_token_ids, input_device
 from .generation import JudgeDecoderOnlyOutput
+from .model_properties import eos_token_ids, input_device
 from .rows import left_padded
 from .tasks.task import Task, answers_or_errors, name_of
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mined examples: on disk while mining runs, and as the dataset that comes out."""
+"""Finished examples on disk, while mining runs, and read from there."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock, Timeout
+
+from .mined_rows import features_of, to_dataset
 
 
 if TYPE_CHECKING:
@@ -273,52 +275,3 @@ def _example_files(found: Iterable[Path]) -> Iterator[Path]:
 
 def _example_id(path: Path) -> int:
     return int(path.stem.split("-")[1])
-
-
-def pairs_in(mined: datasets.Dataset) -> set[str]:
-    """The values of the column `pair`, one for each mining that the rows come from."""
-    # `Dataset.unique` would copy the whole of a split, under a progress bar.
-    return set(mined.with_format("arrow")["pair"][:].unique().to_pylist())
-
-
-def pair_of(mined: datasets.Dataset) -> dict[str, Any]:
-    """What the column `pair` says: which models were mined, and how.
-
-    Raises:
-        ValueError: for rows of several minings, or none.
-    """
-    pairs = pairs_in(mined)
-    if len(pairs) != 1:
-        raise ValueError(f"The rows come from {len(pairs)} different minings, expected one.")
-    return json.loads(pairs.pop())
-
-
-def features_of(pair: dict[str, Any]) -> datasets.Features:
-    """The columns, and their types."""
-    import datasets
-
-    integer, text = datasets.Value("int64"), datasets.Value("string")
-    return datasets.Features(
-        {
-            "example_id": integer,
-            "input_ids": datasets.List(integer),
-            "prompt_length": integer,
-            "position": integer,
-            "candidate_token_id": integer,
-            "target_token_id": integer,
-            "candidate_token": text,
-            "target_token": text,
-            "label": integer,
-            "features": datasets.List(datasets.Value(pair["features_dtype"])),
-            "pair": text,
-        }
-    )
-
-
-def to_dataset(rows: list[dict[str, Any]], pair: dict[str, Any]) -> datasets.Dataset:
-    import datasets
-
-    features = features_of(pair)
-    constant = json.dumps(pair, sort_keys=True)
-    columns = {name: [row[name] for row in rows] for name in features if name != "pair"}
-    return datasets.Dataset.from_dict({**columns, "pair": [constant] * len(rows)}, features=features)

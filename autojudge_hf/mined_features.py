@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from .configuration import JudgeConfig, public_name
 from .features import judge_inputs
-from .forward import Pass, hidden_size, input_device, of_vocabulary
-from .mined_examples import pair_of, to_dataset
+from .forward import Pass
+from .mined_rows import pair_of, to_dataset
+from .model_properties import hidden_size, input_device, of_vocabulary
 from .prefixes import Prefixes
 
 

@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 
 from .checks import checked_draft_length
 from .configuration import GREEDY_SETTINGS, public_name
-from .forward import eos_token_ids, max_positions
 from .mined_examples import FinishedExample, MinedExamples
 from .mined_features import FEATURES_DTYPES, described, described_layout, feature_layout
+from .model_properties import eos_token_ids, max_positions
 from .search import SemiGreedySearch
 from .supported import check_models
 from .tasks.task import Task, checked_examples, name_of

@@ -10,7 +10,9 @@ import torch
 from transformers.cache_utils import Cache
 
 from .caches import rewindable_cache
-from .forward import HeadInputs, Pass, cached_forward, input_device, vocab_size
+from .forward import Pass, cached_forward
+from .head_inputs import HeadInputs
+from .model_properties import input_device, vocab_size
 from .rows import left_padded
 
 

@@ -22,13 +22,12 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from .caches import CACHE_NAME
 from .candidate_generator import FormerResponses
 from .configuration import JudgeConfig
 from .features import judge_inputs
-from .forward import eos_token_ids, input_device, of_vocabulary, vocab_size
 from .generation import judge_decoding
 from .mined_examples import MinedExample
+from .model_properties import CACHE_NAME, eos_token_ids, input_device, of_vocabulary, vocab_size
 from .prefixes import Prefixes
 from .rows import MaxRowLengths
 from .tasks.task import Task, abandoned, answers_or_errors

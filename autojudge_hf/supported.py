@@ -12,9 +12,10 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
-from .caches import CACHE_NAME, other_layers
+from .caches import other_layers
 from .checks import warn_once
-from .forward import positions_of, takes_positions, unwrapped, vocab_size
+from .forward import positions_of
+from .model_properties import CACHE_NAME, takes_positions, unwrapped, vocab_size
 
 
 if TYPE_CHECKING:

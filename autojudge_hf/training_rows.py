@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .mined_examples import pairs_in
+from .mined_rows import pairs_in
 
 
 if TYPE_CHECKING:

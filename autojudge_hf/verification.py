@@ -39,7 +39,7 @@ class Verification(NamedTuple):
     matches: torch.Tensor
     own_tokens: torch.Tensor
 
-    def on_host(
+    def accept(
         self,
         candidate_ids: torch.LongTensor,
         is_harmless: torch.Tensor | None,

@@ -34,7 +34,7 @@ from torch._inductor import cudagraph_trees
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from autojudge_hf import AutoJudge, Judge, JudgeConfig, judge_decoding
-from autojudge_hf.caches import kept_caches
+from autojudge_hf.fixed_cache import kept_caches
 from autojudge_hf.measuring import decode_batch
 
 

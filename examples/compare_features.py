@@ -70,7 +70,8 @@ def main() -> None:
 
     from autojudge_hf import JudgeTrainer, JudgeTrainingArguments, select_features
     from autojudge_hf.fitting import roc_auc
-    from autojudge_hf.mined_examples import pair_of, read_mismatches
+    from autojudge_hf.mined_examples import read_mismatches
+    from autojudge_hf.mined_rows import pair_of
 
     mined = read_mismatches(args.data)
     features = pair_of(mined)["features"] or {}

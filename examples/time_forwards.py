@@ -35,8 +35,10 @@ from benchmark_gpu import (
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import CompileConfig
 
-from autojudge_hf.caches import rewind, take_fixed_cache
-from autojudge_hf.forward import HeadInputs, cached_forward, fixed_draft
+from autojudge_hf.caches import rewind
+from autojudge_hf.fixed_cache import take_fixed_cache
+from autojudge_hf.forward import cached_forward, fixed_draft
+from autojudge_hf.head_inputs import HeadInputs
 from autojudge_hf.judging import Judging
 
 

@@ -9,7 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import autojudge_hf.generation
 from autojudge_hf import AutoJudge, JudgeConfig
 from autojudge_hf.caches import filled_layers, rewind, rewindable_cache
-from autojudge_hf.forward import HeadInputs, cached_forward, head_reads_last_states, hidden_size
+from autojudge_hf.forward import cached_forward
+from autojudge_hf.head_inputs import HeadInputs, head_reads_last_states
+from autojudge_hf.model_properties import hidden_size
 
 
 SIZES = {

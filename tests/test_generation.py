@@ -37,8 +37,9 @@ from transformers.generation.streamers import BaseStreamer
 
 import autojudge_hf.adapter
 from autojudge_hf import AutoJudge, JudgeConfig, JudgeDecoderOnlyOutput, judge_decoding, supported
-from autojudge_hf.caches import CACHE_NAME, shrink
+from autojudge_hf.caches import shrink
 from autojudge_hf.features import judge_inputs
+from autojudge_hf.model_properties import CACHE_NAME
 from autojudge_hf.outputs import COUNTS
 from autojudge_hf.tasks import GSM8K
 

@@ -298,7 +298,16 @@ def test_nonsense_gets_a_verdict(example, text, reason):
     assert json.loads(json.dumps(report)) == report and not TASK.is_correct(example, report)
 
 
+@pytest.fixture
+def ctrl_c_raises():
+    """Also where the tests run as a shell's background job, which is started deaf to it."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
 @pytest.mark.parametrize("mines", [True, False])
+@pytest.mark.usefixtures("ctrl_c_raises")
 def test_an_interruption_ends_within_a_test(mines, random_pair):
     """Ctrl-C, while programs are graded that would take thirty seconds each: in mining by another thread."""
 

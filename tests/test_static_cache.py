@@ -14,7 +14,8 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, StaticCache
 
 from autojudge_hf import AutoJudge, JudgeConfig
-from autojudge_hf.caches import CACHE_NAME, kept_caches
+from autojudge_hf.fixed_cache import kept_caches
+from autojudge_hf.model_properties import CACHE_NAME
 from autojudge_hf.tasks import GSM8K
 
 

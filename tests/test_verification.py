@@ -30,7 +30,7 @@ def test_greedy_rule_equals_a_loop(k, with_judge):
     candidates = torch.randint(0, 3, (200, k))
     logits = torch.randn(200, k + 1, 3)
     is_harmless = torch.rand(200, k) < 0.5 if with_judge else None
-    outcomes = verify_greedy(candidates, logits).on_host(candidates, is_harmless, [k] * 200, set())
+    outcomes = verify_greedy(candidates, logits).accept(candidates, is_harmless, [k] * 200, set())
     for row, (block, judged, n) in enumerate(outcomes):
         expected = literal_greedy(
             candidates[row].tolist(),
@@ -45,11 +45,11 @@ def test_greedy_rule_equals_a_loop(k, with_judge):
 def test_what_is_no_candidate_is_not_accepted():
     candidates = torch.tensor([[3, 1, 4, 1], [3, 1, 4, 1], [3, 1, 4, 1]])
     logits = torch.nn.functional.one_hot(torch.tensor([3, 1, 4, 1, 5]), 6).float().expand(3, 5, 6)
-    outcomes = verify_greedy(candidates, logits).on_host(candidates, None, [4, 2, 4], {5})
+    outcomes = verify_greedy(candidates, logits).accept(candidates, None, [4, 2, 4], {5})
     assert [outcome.block for outcome in outcomes] == [[3, 1, 4, 1, 5], [3, 1, 4], [3, 1, 4, 1, 5]]
     # A draft ends with its EOS token; one that is rejected ends it all the same.
     for own, block in ((logits, [3, 1, 4, 1]), (logits.flip(0).roll(1, dims=1), [5])):
-        (outcome,) = verify_greedy(candidates[:1], own[:1]).on_host(candidates[:1], None, [4], {4})
+        (outcome,) = verify_greedy(candidates[:1], own[:1]).accept(candidates[:1], None, [4], {4})
         assert (outcome.num_candidates, outcome.block) == (3, block)
 
 
@@ -57,7 +57,7 @@ def test_what_fills_a_draft_up_is_not_accepted_as_eos():
     """The padding is token 0, which may end a response, and a judge may find everything harmless."""
     candidates, everything = torch.tensor([[3, 0, 0]]), torch.ones(1, 3, dtype=torch.bool)
     logits = torch.nn.functional.one_hot(torch.tensor([[3, 5, 5, 5]]), 6).float()
-    (outcome,) = verify_greedy(candidates, logits).on_host(candidates, everything, [1], {0})
+    (outcome,) = verify_greedy(candidates, logits).accept(candidates, everything, [1], {0})
     assert (outcome.block, outcome.num_candidates) == ([3, 5], 1)
 
 
@@ -84,7 +84,7 @@ def first_token_counts(p, q, is_harmless, num_samples=64_000):
         q.log().expand(num_samples, 1, -1),
         [1] * num_samples,
     )
-    outcomes = result.on_host(candidates, is_harmless[candidates], [1] * num_samples, set())
+    outcomes = result.accept(candidates, is_harmless[candidates], [1] * num_samples, set())
     tokens = torch.tensor([outcome.block[0] for outcome in outcomes])
     return tokens.bincount(minlength=len(p))
 
@@ -124,7 +124,7 @@ def test_bonus_token_comes_from_the_target_alone():
     for lengths, block_length in (([1] * n, 2), ([0] * n, 1)):
         # With no candidate the first position is the bonus token's, whatever was drafted there.
         result = verify_sampled(candidates, logits.roll(1 - lengths[0], dims=1), Q.log().expand(n, 1, -1), lengths)
-        blocks = [outcome.block for outcome in result.on_host(candidates, None, lengths, set())]
+        blocks = [outcome.block for outcome in result.accept(candidates, None, lengths, set())]
         assert {len(block) for block in blocks} == {block_length}
         bonus = torch.tensor([block[-1] for block in blocks])
         assert chi_square_p(bonus.bincount(minlength=5), P) > NOT_CHANCE

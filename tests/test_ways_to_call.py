@@ -39,9 +39,10 @@ from transformers import (
 import autojudge_hf.checks
 import autojudge_hf.generation
 from autojudge_hf import AutoJudge, JudgeConfig, mine_mismatches
-from autojudge_hf.caches import CACHE_NAME, kept_caches
 from autojudge_hf.draft_length import AdaptiveDraftLength
-from autojudge_hf.forward import head_reads_last_states, is_compiled
+from autojudge_hf.fixed_cache import kept_caches
+from autojudge_hf.head_inputs import head_reads_last_states
+from autojudge_hf.model_properties import CACHE_NAME, is_compiled
 from autojudge_hf.outputs import COUNTS
 from autojudge_hf.prefixes import Prefixes
 from autojudge_hf.tasks import GSM8K

@@ -25,7 +25,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from autojudge_hf import AutoJudge, JudgeConfig, evaluate_judge, mine_mismatches
-from autojudge_hf.forward import HeadInputs, cached_forward
+from autojudge_hf.forward import cached_forward
+from autojudge_hf.head_inputs import HeadInputs
 from autojudge_hf.tasks import GSM8K, LiveCodeBench, Task
 
 

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What decoding has to know of a model: what its forward takes, where it is, how much it holds."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.generation import GenerateDecoderOnlyOutput
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+# What `generate` calls a cache: `past_key_values` until transformers 5.23.
+CACHE_NAME = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
+# These reckon positions from the mask, or from distances alone.
+ALIBI = ("bloom", "mpt")
+
+
+@functools.lru_cache
+def _parameters(model_class: type) -> frozenset[str]:
+    return frozenset(inspect.signature(model_class.forward).parameters)
+
+
+def forward_parameters(model: PreTrainedModel) -> frozenset[str]:
+    """What a model's forward takes by name; `torch.compile` and PEFT wrap it in one that doesn't say."""
+    accepted = _parameters(type(model))
+    if "position_ids" in accepted:  # nearly always, and looked up twice a forward
+        return accepted
+    return _parameters(type(unwrapped(model)))
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether tokens have the positions that a forward is told, or none at all: a model may count for itself."""
+    return "position_ids" in forward_parameters(model) or model.config.model_type in ALIBI
+
+
+def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    """What `torch.compile` and PEFT wrap."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_compiled(model: PreTrainedModel) -> bool:
+    """Whether somebody compiled the model's forward, in one of the three ways that torch has for it."""
+    return any(
+        hasattr(module, "_orig_mod")
+        or module._compiled_call_impl is not None
+        or (
+            hasattr(module.forward, "_torchdynamo_orig_callable")
+            and not getattr(module.forward, "_torchdynamo_disable", False)
+        )
+        for module in (model, unwrapped(model))
+    )
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where to put a model's tokens. Offloaded ones have no device of their own, and take them from anywhere."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """The longest sequence the model has positions for, or `None` where its config doesn't say."""
+    config = model.config.get_text_config(decoder=True)
+    # MPT's has another name.
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+
+
+def vocab_size(model: PreTrainedModel) -> int:
+    return model.config.get_text_config(decoder=True).vocab_size
+
+
+def of_vocabulary(logits: torch.Tensor, size: int) -> torch.Tensor:
+    """Logits for `size` tokens. Pairs may pad one vocabulary to different sizes; a token that lacks has no chance."""
+    missing = size - logits.shape[-1]
+    if missing == 0:
+        return logits
+    return torch.nn.functional.pad(logits, (0, missing), value=float("-inf")) if missing > 0 else logits[..., :size]
+
+
+def hidden_size(model: PreTrainedModel) -> int:
+    """Width of the last hidden state: what the output embeddings read, which may be narrower than the layers (OPT)."""
+    width = model.config.get_text_config(decoder=True).hidden_size
+    return getattr(model.get_output_embeddings(), "in_features", width)
+
+
+def eos_token_ids(model: PreTrainedModel) -> set[int]:
+    """The tokens that end a response, as the model's generation config lists them."""
+    ids = model.generation_config.eos_token_id
+    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
