@@ -90,7 +90,7 @@ class FixedCache(StaticCache):
         #: How it is compiled; `None` where it isn't.
         self.compile_config: CompileConfig | None = None
         self._compiled: dict[tuple[Callable[..., Any], int], Callable[..., Any]] = {}
-        self.is_taken, self.is_warm = False, False
+        self.is_taken = False
 
     def begin(self, rows: int, n: int, attention_mask: torch.Tensor | None) -> None:
         """Before forwards of `n` tokens: says where these go, and which positions up to there aren't padding.
@@ -188,10 +188,6 @@ def take_fixed_cache(
         cache.forward = model.get_compiled_call(compile_config)
         limit = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = max(limit, _RECOMPILE_LIMIT)
-        if not cache.is_warm:
-            # What collects hidden states is installed by the first pass that asks for them, and can't be compiled.
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), output_hidden_states=True)
-            cache.is_warm = True
     cache.compile_with(compile_config)
     return cache
 

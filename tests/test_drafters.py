@@ -175,8 +175,17 @@ def test_adaptive_length_learns_nothing_from_an_empty_draft():
     assert schedule.value == 8
 
 
+def test_adaptive_length_forgets():
+    """Of a text that the drafter knows by heart, behind a long one that it doesn't know."""
+    schedule = AdaptiveDraftLength(8)
+    for accepted, num_cycles, length in ((0, 2_000, 1), (8, 250, 32)):
+        for _ in range(num_cycles):
+            schedule.update([8], [accepted], 1.0, 2.0)
+        assert schedule.value == length
+
+
 def test_adaptive_lengths_are_learned_for_a_pair(random_pair, top_k, monkeypatch):
-    """The next call goes on where the last one ended; another target begins anew, and so does another judge."""
+    """The next call goes on where the last one ended; another model begins anew, and so does another judge."""
     model, assistant = random_pair
     other = random_llama(3)
 
@@ -193,6 +202,7 @@ def test_adaptive_lengths_are_learned_for_a_pair(random_pair, top_k, monkeypatch
         learned = schedule(model, drafter, "kl", 0.1)
         assert schedule(model, drafter, "kl", 0.1) is learned
         assert schedule(other, drafter, "kl", 0.1) is not learned
+        assert schedule(model, other, "kl", 0.1) is not learned
         assert schedule(model, drafter, "margin", 0.1) is not learned
 
     used = []

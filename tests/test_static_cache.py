@@ -11,10 +11,10 @@ import torch
 from conftest import PROMPT, left_padded, random_llama, similar_model
 from test_architectures import FAMILIES, NEW_TOKENS, PROMPTS, random_model, rewind_to_wrong_keys, worth_testing
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, StaticCache
+from transformers import CompileConfig, GenerationConfig, StaticCache
 
 from autojudge_hf import AutoJudge, JudgeConfig
-from autojudge_hf.fixed_cache import kept_caches
+from autojudge_hf.fixed_cache import kept_caches, take_fixed_cache
 from autojudge_hf.model_properties import CACHE_NAME
 from autojudge_hf.tasks import GSM8K
 
@@ -260,6 +260,13 @@ def test_adaptive_lengths_have_few_shapes(compiled, top_k):
     output = model.generate(PROMPT, **options, **compiled)
     assert torch.equal(output.sequences, model.generate(PROMPT, do_sample=False, max_new_tokens=200))
     assert counters["stats"]["unique_graphs"] <= 2 + 6
+
+
+@pytest.mark.parametrize("length", [1, 200, 223, 224, 255, 256, 257])
+def test_room_for_the_widest_forward_behind_the_longest_text(length):
+    model = random_llama(0)
+    cache = take_fixed_cache(1, GenerationConfig(), model, length, [2, 9, 33])
+    assert length + 33 <= cache.max_length < length + 33 + 256
 
 
 def test_up_to_the_edge_of_the_allocation(random_pair, top_k):
