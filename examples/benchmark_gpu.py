@@ -31,6 +31,7 @@ import torch
 from arguments import check_ways, positive_int, share
 from torch._dynamo.utils import counters
 from torch._inductor import cudagraph_trees
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from autojudge_hf import AutoJudge, Judge, JudgeConfig, judge_decoding
@@ -303,6 +304,8 @@ def main() -> None:
         if b != batch_size:
             forget_graphs()
             batch_size = b
+        # Minutes each, where they compile.
+        group = tqdm(list(group), desc=f"first calls, batch {b}, draft length {k}", unit="row")
         rows = [first_calls(model, draft, way, args) for way in group]
         time_in_turn(rows, args)
         for row in rows:
