@@ -11,6 +11,8 @@ import reference
 import torch
 from conftest import MAX_NEW_TOKENS, PROMPT, left_padded, random_llama, similar_model
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     DynamicCache,
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
@@ -847,6 +849,13 @@ def test_without_judge_the_original_runs(random_pair, monkeypatch):
         model.generate(PROMPT, max_new_tokens=3, judge_threshold=0.5)
 
 
+def test_a_threshold_needs_a_judge(random_pair):
+    model, assistant = random_pair
+    loop = functools.partial(judge_decoding, assistant_model=assistant, judge_threshold=0.5)
+    with pytest.raises(ValueError, match="`judge_threshold=0.5` needs a `judge`, got None"):
+        model.generate(PROMPT, max_new_tokens=3, assistant_model=assistant, custom_generate=loop)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -891,14 +900,18 @@ def test_bad_calls_fail_before_any_forward(random_pair, linear_judge, options, m
 
 
 def test_models_that_are_refused(random_pair, top_k, monkeypatch):
-    """Encoder-decoder and stateful ones, as targets and assistants, before they run."""
+    """Encoder-decoder and stateful ones, and those with convolutions, as targets and assistants, before they run."""
     model, _ = random_pair
     size = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2}
     mamba = MambaForCausalLM(MambaConfig(**size, state_size=4))
     t5 = T5ForConditionalGeneration(
         T5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
     )
+    kinds = {"layer_types": ["conv", "full_attention"], "num_attention_heads": 2, "num_key_value_heads": 2}
+    lfm2 = AutoModelForCausalLM.from_config(AutoConfig.for_model("lfm2", **size, **kinds, intermediate_size=16))
     for target, assistant, message in (
+        (lfm2, model, "the cache's LinearAttentionLayer"),
+        (model, lfm2, r"Lfm2ForCausalLM can't take tokens back.*\['LinearAttentionLayer'\]"),
         (t5, model, "encoder-decoder"),
         (mamba, model, "stateful"),
         (model, mamba, "stateful"),

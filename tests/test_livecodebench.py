@@ -21,7 +21,7 @@ from conftest import ROOT
 import autojudge_hf.tasks.livecodebench
 from autojudge_hf import mine_mismatches
 from autojudge_hf.tasks import LiveCodeBench
-from autojudge_hf.tasks.livecodebench import decode_tests, extract_code, load_problems, same_output
+from autojudge_hf.tasks.livecodebench import SYSTEM, decode_tests, extract_code, load_problems, same_output
 from autojudge_hf.tasks.livecodebench_metric import PassAtK, pass_at_k
 from autojudge_hf.tasks.sandbox import Limits
 
@@ -371,6 +371,8 @@ def test_packed_tests_cannot_run_code(tmp_path):
 
     with pytest.raises(ValueError, match="can't be decoded"):
         decode_tests(row(private_test_cases=packed(Attack())))
+    with pytest.raises(ValueError, match="can't be decoded .*must be strings"):
+        decode_tests(row([(1, "1")]))
     assert not (tmp_path / "written").exists()
 
 
@@ -392,12 +394,26 @@ def test_load_problems(tmp_path):
         load_problems(release=9)
 
 
+def test_a_release_has_the_files_of_those_before(tmp_path, monkeypatch):
+    asked = []
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row()) + "\n")
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download", lambda *args, **kw: asked.append((*args, kw)) or tmp_path / "rows.jsonl"
+    )
+    assert load_problems(release=3, revision="abc") == [row()] * 3
+    options = {"repo_type": "dataset", "revision": "abc"}
+    names = ("test.jsonl", "test2.jsonl", "test3.jsonl")
+    assert asked == [("livecodebench/code_generation_lite", name, options) for name in names]
+
+
 def test_prompt(tokenizer):
     example = row(question_content="Add two numbers.", starter_code="class Solution:\n    pass")
     text = TASK.prompt(example, tokenizer)
     assert "### Question:\nAdd two numbers.\n\n### Format: You will use the following starter code" in text
     assert "```python\nclass Solution:\n    pass\n```" in text and "### Answer: (use the provided format" in text
     assert "Read the inputs from stdin" in TASK.prompt(row(), tokenizer)
+    plain = SimpleNamespace(chat_template=None, bos_token=None)
+    assert TASK.prompt(example, plain) == f"{SYSTEM}\n\n{TASK.instruction(example)}"
     with pytest.raises(ValueError, match="needs the field `question_content`"):
         TASK.prompt({"question": "?"}, tokenizer)
 

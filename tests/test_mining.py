@@ -455,9 +455,13 @@ def test_layouts_that_were_not_mined(random_pair):
     for wrong, message in (
         ({"hidden_size": 5}, "`hidden_size` was mined as 32: leave it, or pass None, got 5"),
         ({"judge_type": "mlp"}, "no 'judge_type'"),
+        ({"hidden_size": None}, "Nothing is left of the features"),
     ):
         with pytest.raises(ValueError, match=message):
             select_features(rows, **wrong)
+    two = datasets.concatenate_datasets([rows, mine_random(random_pair, max_new_tokens=24, state_position="previous")])
+    with pytest.raises(ValueError, match="come from 2 different minings, expected one"):
+        select_features(two, state_position="candidate")
     with pytest.raises(ValueError, match="tokens only.*compute_features"):
         select_features(mine_random(random_pair, features_dtype=None), state_position="candidate")
 
@@ -726,5 +730,7 @@ def test_bad_input(random_pair, tmp_path):
         mine_random(random_pair, temperature=-0.1)
     with pytest.raises(ValueError, match="features_dtype.*int8"):
         mine_random(random_pair, features_dtype="int8")
+    with pytest.raises(ValueError, match="Example 1: expected a prompt of at least one token, got none"):
+        mine_random(random_pair, [EXAMPLES[0], {"text": ""}])
     with pytest.raises(ValueError, match="question"):
         mine_mismatches(*random_pair, NumberTokenizer(), [{"text": "?"}], GSM8K(), max_new_tokens=5)

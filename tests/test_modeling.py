@@ -240,6 +240,7 @@ def test_broken_files(linear, tmp_path):
     weights.write_bytes(good[0])
     for content, message in (
         ("{", "valid JSON"),
+        (good[1] + " " * 2**20, "isn't valid JSON: it has 10[0-9]{5} bytes"),
         ("[]", "isn't a judge's"),
         ('{"model_type": "llama"}', "isn't a judge's"),
         (json.dumps({**json.loads(good[1]), "judge_type": "oracle"}), "'oracle'.*linear.*top_k"),
@@ -264,6 +265,10 @@ def test_config_defaults_and_refusals():
         AutoJudge.from_config(JudgeConfig())
     with pytest.raises(ValueError, match="state_position.*'next'"):
         JudgeConfig(state_position="next")
+    with pytest.raises(ValueError, match="`logit_features` must be True or False, got 1"):
+        JudgeConfig(logit_features=1)
+    with pytest.raises(ValueError, match="LinearJudge needs judge_type='linear', got 'top_k'"):
+        LinearJudge(JudgeConfig(judge_type="top_k"))
     with pytest.raises(OSError, match="from_pretrained"):
         AutoJudge()
     with pytest.raises(ValueError, match="finite"):

@@ -3,6 +3,7 @@
 
 import contextlib
 import gc
+import re
 import threading
 import weakref
 
@@ -11,9 +12,12 @@ import torch
 from conftest import PROMPT, left_padded, random_llama, similar_model
 from test_architectures import FAMILIES, NEW_TOKENS, PROMPTS, random_model, rewind_to_wrong_keys, worth_testing
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, GenerationConfig, StaticCache
+from transformers import AttentionInterface, AttentionMaskInterface, CompileConfig, GenerationConfig, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from autojudge_hf import AutoJudge, JudgeConfig
+from autojudge_hf.checks import warn_once
 from autojudge_hf.fixed_cache import kept_caches, take_fixed_cache
 from autojudge_hf.model_properties import CACHE_NAME
 from autojudge_hf.tasks import GSM8K
@@ -403,6 +407,25 @@ def test_kept_memory_goes_with_the_model(top_k):
     kept, model = weakref.ref(kept_caches[model][-1]), None
     gc.collect()
     assert kept() is None
+
+
+@pytest.mark.parametrize("reason", ["'mine' kernels", "several devices"])
+def test_whose_forwards_have_no_fixed_shape(top_k, monkeypatch, caplog, reason):
+    """Kernels that may take a mask to end with the newest token, and parts whose tensors lie elsewhere."""
+    model = random_llama(0)
+    assistant = similar_model(model)
+    if reason == "several devices":
+        model.hf_device_map = {"model": "cpu", "lm_head": "disk"}
+    else:
+        AttentionInterface.register("mine", sdpa_attention_forward)
+        AttentionMaskInterface.register("mine", sdpa_mask)
+        model.set_attn_implementation("mine")
+    warn_once.cache_clear()
+    options = {"assistant_model": assistant, "judge": top_k, "judge_threshold": 0.2, "max_new_tokens": 20}
+    expected = model.generate(PROMPT, **options, **GREEDY)
+    assert same(model.generate(PROMPT, **options, **STATIC), expected)
+    assert model not in kept_caches and assistant in kept_caches
+    assert len(caplog.records) == 1 and re.search(f"LlamaForCausalLM .*{reason}.* gets a growing one", caplog.text)
 
 
 def test_refused(random_pair, top_k):

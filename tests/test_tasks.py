@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GSM8K on all of its real rows, and extraction against a table written by hand."""
 
+import copy
 import re
 import sys
 
@@ -54,6 +55,7 @@ def test_equality_is_numeric_and_none_equals_nothing():
     assert task.equivalent("18.00", "18")
     assert not task.equivalent("18.01", "18")
     assert not task.equivalent(None, None)
+    assert not task.equivalent("1.2.3", "1.23") and task.equivalent("1.2.3", "1.2.3")  # no number
     assert not task.equivalent("18", None)
     assert task.is_correct({"answer": "so\n#### 1,200"}, "1200")
     assert not task.is_correct({"answer": "so\n#### 1,200"}, None)
@@ -70,6 +72,17 @@ def test_prompt_is_the_harness_prompt_in_a_chat(tokenizer):
         'Your response should end with "The final answer is [answer]" where [answer] is the response to the problem.'
         "<|end|><|assistant|>"
     )
+
+
+def test_a_base_model_gets_a_text(tokenizer):
+    """Who has no chat template: the same words, question and answer in turn, behind its BOS token."""
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    for task in (GSM8K(), GSM8K(num_fewshot=2)):
+        chat = task.prompt({"question": "How many?"}, tokenizer)
+        words = re.sub(r"<\|(end|user|assistant|begin)\|>", " ", chat).split()
+        text = task.prompt({"question": "How many?"}, plain)
+        assert text.removeprefix(tokenizer.bos_token).split() == words and text.startswith(tokenizer.bos_token)
 
 
 def test_few_shot_prompt_holds_eight_right_answers(tokenizer):

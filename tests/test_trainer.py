@@ -379,6 +379,9 @@ def test_refusals(tmp_path, caplog):
         (tmp_path / "out" / precious).unlink()
     (tmp_path / "out" / "config.json").write_text("{}")
     trainer(tmp_path, good, overwrite_output_dir=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="`output_dir` must be a folder, got the file file"):
+        JudgeTrainer(JudgeTrainingArguments(output_dir=str(tmp_path / "file")), good)
     for args, message in (
         ({"recall": 0.0}, "recall"),
         ({"C_grid": []}, "C_grid"),
