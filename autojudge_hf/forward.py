@@ -99,7 +99,8 @@ def _fixed_forward(
     # Copies, since views are told apart by their strides and offsets, and compiled anew.
     positions = _position_ids(model, cache.mask, slice(cache.length, cache.length + width))
     inputs |= {"attention_mask": cache.mask, **{name: ids.clone() for name, ids in positions.items()}}
-    # Hooks would be compiled in. The last of these states is what the head reads: see `head_reads_last_states`.
+    # Hooks would be compiled in. The last of these states is what the head reads: see `head_reads_last_states`. That
+    # asking, or the prefill, has installed what collects them, which can't be compiled.
     layers = output_states or output_hidden_states
     outputs = (model if is_prefill else cache.forward)(**inputs, output_hidden_states=layers, return_dict=True)
     cache.length += n

@@ -38,7 +38,7 @@ from transformers.generation import CompileConfig
 from autojudge_hf.caches import rewind
 from autojudge_hf.fixed_cache import take_fixed_cache
 from autojudge_hf.forward import cached_forward, fixed_draft
-from autojudge_hf.head_inputs import HeadInputs
+from autojudge_hf.head_inputs import HeadInputs, head_reads_last_states
 from autojudge_hf.judging import Judging
 
 
@@ -130,6 +130,7 @@ def main() -> None:
     model, draft, _ = planted_pair(args)
     for x in (model, draft):
         x.set_attn_implementation(args.attn_implementation)
+    head_reads_last_states(model)  # decoding asks, too, before anything is compiled
     args.vocab_size = min(model.config.vocab_size, draft.config.vocab_size)
     rate = bandwidth(args.device, weight_bytes(model))
     reading, reading_draft = 1e3 * weight_bytes(model) / rate, 1e3 * weight_bytes(draft) / rate

@@ -242,19 +242,32 @@ def test_compiled_for_real(target, draft, tokenizer, test_problems, judge):
     torch._dynamo.reset()
 
 
-def test_a_judge_of_states_reads_the_same_ones_compiled(compiled, random_pair, linear_judge):
-    model, assistant = random_pair
+def test_a_judge_of_states_reads_the_same_ones_compiled(compiled, linear_judge):
+    """Of models that never gave any: what collects states is installed by the first pass that does, uncompiled."""
     both = AutoJudge.from_config(
         JudgeConfig(hidden_size=32, assistant_hidden_size=32, state_position="both", logit_features=True)
     )
     torch.manual_seed(1)
     both.load_state_dict({"weight": torch.randn(132) / 8, "bias": torch.zeros(1)})
     for judge in (linear_judge, both):
-        options = {"assistant_model": assistant, "judge": judge, "judge_threshold": 0.5, "max_new_tokens": 40}
-        inputs = left_padded(PROMPTS)
-        expected = model.generate(**inputs, **options, **GREEDY)
+        model = random_llama(0)
+        options = {"assistant_model": similar_model(model), "judge": judge, "judge_threshold": 0.5}
+        options |= {**left_padded(PROMPTS), "max_new_tokens": 40}
+        output, expected = (model.generate(**options, **decoding) for decoding in (compiled, GREEDY))
         assert expected.num_judge_accepted.sum() > 0 and expected.num_judge_rejected.sum() > 0
-        assert same(model.generate(**inputs, **options, **compiled), expected)
+        assert same(output, expected)
+
+
+def test_hidden_states_are_returned_compiled(compiled, top_k):
+    """Of a model that never gave any, behind a call that has compiled it without."""
+    model = random_llama(0)
+    options = {"assistant_model": similar_model(model), "judge": top_k, "judge_threshold": 0.2, "max_new_tokens": 20}
+    model.generate(PROMPT, **options, **compiled)
+    options["output_hidden_states"] = True
+    output, expected = (model.generate(PROMPT, **options, **decoding) for decoding in (compiled, GREEDY))
+    assert same(output, expected) and len(output.hidden_states) == 20
+    for one, other in zip(output.hidden_states, expected.hidden_states):
+        assert all(torch.allclose(x, y, atol=1e-4) for x, y in zip(one, other))
 
 
 def test_adaptive_lengths_have_few_shapes(compiled, top_k):
