@@ -25,6 +25,7 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
     MaxLengthCriteria,
+    MaxTimeCriteria,
     RepetitionPenaltyLogitsProcessor,
     StaticCache,
     StoppingCriteria,
@@ -612,7 +613,8 @@ def test_strangers_may_go_by_the_number_of_a_row(random_pair, top_k):
 
     prompts = torch.cat([PROMPT, PROMPT + 1, PROMPT + 2])
     options = {"do_sample": False, "max_new_tokens": 30, "pad_token_id": 0, "eos_token_id": 31}
-    options |= {"logits_processor": [Preferences()], "stopping_criteria": [Limits()], "return_dict_in_generate": True}
+    options |= {"logits_processor": [Preferences()], "return_dict_in_generate": True}
+    options["stopping_criteria"] = [Limits(), MaxTimeCriteria(1e9)]  # the latter no stranger
     for more in ({}, {"output_scores": True}):
         expected = model.generate(prompts, **options, **more).sequences
         judged = {"assistant_model": assistant, "judge": top_k, "judge_threshold": 0.0, "num_assistant_tokens": 4}
