@@ -16,7 +16,7 @@ from .draft_length import clock
 from .generation import JudgeDecoderOnlyOutput
 from .model_properties import eos_token_ids, input_device
 from .rows import left_padded
-from .tasks.task import Task, answers_or_errors, name_of
+from .tasks.task import Task, answers_or_errors, name_of, prompt_ids
 
 
 if TYPE_CHECKING:
@@ -57,9 +57,7 @@ def measure_decoding(
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"`batch_size` must be an int of at least 1, got {batch_size!r}.")
     prompts = [task.prompt(example, tokenizer) for example in examples]
-    prompt_ids = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
-    if [] in prompt_ids:
-        raise ValueError(f"Example {prompt_ids.index([])}: expected a prompt of at least one token, got none.")
+    tokens = [prompt_ids(i, prompt, tokenizer) for i, prompt in enumerate(prompts)]
     _check_gold_answers(task, examples)
     texts, num_tokens, num_forwards = ([None] * len(examples) for _ in range(3))
     accepted = rejected = seconds = 0
@@ -69,7 +67,7 @@ def measure_decoding(
     batches = [order[i : i + batch_size] for i in range(0, len(examples), batch_size)]
     decode = functools.partial(decode_batch, model, max_new_tokens=max_new_tokens, **generate_kwargs)
     for number, batch in enumerate(tqdm(batches, desc=description, unit="batch")):
-        inputs = _inputs(model, tokenizer, [prompt_ids[i] for i in batch])
+        inputs = _inputs(model, tokenizer, [tokens[i] for i in batch])
         if number == 0:
             decode(inputs)
         started = clock(model.device)

@@ -24,7 +24,7 @@ from .mined_features import FEATURES_DTYPES, described, described_layout, featur
 from .model_properties import eos_token_ids, max_positions
 from .search import SemiGreedySearch
 from .supported import check_models
-from .tasks.task import Task, checked_examples, name_of
+from .tasks.task import Task, checked_examples, name_of, prompt_ids
 
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def mine_mismatches(
     if isinstance(draft_length, str):
         raise ValueError(f"`num_assistant_tokens` of mining must be an int of at least 1, got {draft_length!r}.")
     prompts = [
-        _prompt_ids(i, example, task, tokenizer, (model, assistant_model), max_new_tokens)
+        _fitting_prompt(i, example, task, tokenizer, (model, assistant_model), max_new_tokens)
         for i, example in enumerate(examples)
     ]
     assistant = assistant_model if assistant_states else None
@@ -244,7 +244,7 @@ def _report(finished: Collection[FinishedExample], num_examples: int, took: str 
         )
 
 
-def _prompt_ids(
+def _fitting_prompt(
     example_id: int,
     example: Mapping[str, Any],
     task: Task,
@@ -252,9 +252,7 @@ def _prompt_ids(
     models: Iterable[PreTrainedModel],
     max_new_tokens: int,
 ) -> list[int]:
-    ids = tokenizer.encode(task.prompt(example, tokenizer), add_special_tokens=False)
-    if not ids:
-        raise ValueError(f"Example {example_id}: expected a prompt of at least one token, got none.")
+    ids = prompt_ids(example_id, task.prompt(example, tokenizer), tokenizer)
     for model in models:
         limit = max_positions(model)
         if limit is not None and len(ids) + max_new_tokens > limit:

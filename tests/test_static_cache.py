@@ -423,7 +423,7 @@ def test_kept_memory_goes_with_the_model(top_k):
 
 
 @pytest.mark.parametrize("reason", ["'mine' kernels", "several devices"])
-def test_whose_forwards_have_no_fixed_shape(top_k, monkeypatch, caplog, reason):
+def test_whose_forwards_have_no_fixed_shape(top_k, caplog, reason):
     """Kernels that may take a mask to end with the newest token, and parts whose tensors lie elsewhere."""
     model = random_llama(0)
     assistant = similar_model(model)

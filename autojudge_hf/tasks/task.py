@@ -64,6 +64,14 @@ def name_of(task: Task) -> str:
     return getattr(task, "name", type(task).__name__)
 
 
+def prompt_ids(example_id: int, prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of an example's prompt. Raises a `ValueError` where there are none."""
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    if not ids:
+        raise ValueError(f"Example {example_id}: expected a prompt of at least one token, got none.")
+    return ids
+
+
 def stop_if_abandoned() -> None:
     """For a thread's work to call between its parts: an interruption doesn't reach a thread, and its end is awaited.
 
