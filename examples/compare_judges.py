@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--num_test", type=positive_int, default=2000)
     parser.add_argument("--confidence", type=float, default=0.975, help="that thresholds keep to what they may cost")
     parser.add_argument("--num_oracle", type=positive_int, default=300, help="of the test problems")
-    parser.add_argument("--num_timed", type=positive_int, default=20, help="problems for each reading of the clock")
+    parser.add_argument("--num_timed", type=positive_int, default=60, help="problems for each reading of the clock")
     parser.add_argument("--draft_length", type=positive_int, default=32, help="where the clock doesn't matter")
     parser.add_argument("--draft_lengths", type=positive_int, nargs="+", default=[8, 16, 32], help="for the clock")
     parser.add_argument("--rounds", type=positive_int, default=3)
