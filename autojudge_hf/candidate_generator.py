@@ -41,6 +41,9 @@ class JudgeCandidateGenerator(CandidateGenerator):
         cache (`Cache`, *optional*): the assistant's keys and values of a prefix of the first `input_ids`.
     """
 
+    #: Whether a draft begins from the target's last hidden states.
+    reads_target_states = False
+
     def __init__(
         self,
         assistant_model: PreTrainedModel,
@@ -129,8 +132,14 @@ class JudgeCandidateGenerator(CandidateGenerator):
         sequence = torch.cat([input_ids, *drafted], dim=1)
         return sequence, torch.cat(logits, dim=1) if logits else None
 
-    def rewind(self, num_committed: Sequence[int]) -> None:
-        """Forgets the candidates that weren't committed: row i went on by `num_committed[i]` tokens."""
+    def rewind(self, num_committed: Sequence[int], target_states: torch.Tensor | None) -> None:
+        """Forgets the candidates that weren't committed: row i went on by `num_committed[i]` tokens.
+
+        Args:
+            num_committed (`Sequence[int]`): accepted candidates and the target's own token.
+            target_states (`torch.FloatTensor` of shape `(b, k + 1, h)`, *optional*): the target's last hidden states
+                of the newest token and the candidates, kept for drafters that read them.
+        """
         cached = num_cached(self.cache)
         if cached:
             # All rows leave the same number of committed tokens to the next draft: the newest, and one more where a
@@ -218,7 +227,7 @@ class PromptLookup(CandidateGenerator):
         generation_config (`GenerationConfig`): its `max_matching_ngram_size` and `max_length`.
     """
 
-    states = None
+    states, reads_target_states = None, False
 
     def __init__(self, model: PreTrainedModel, generation_config: GenerationConfig):
         self.vocab_size = vocab_size(model)
@@ -257,7 +266,7 @@ class PromptLookup(CandidateGenerator):
             self.lengths = [min(n, i) if forbidden else n for n, forbidden in zip(self.lengths, is_forbidden)]
         return torch.cat([input_ids, padded], dim=1), None
 
-    def rewind(self, num_committed: Sequence[int]) -> None:
+    def rewind(self, num_committed: Sequence[int], target_states: torch.Tensor | None) -> None:
         """Holds nothing to forget."""
 
     def shrink(self, rows: Sequence[int], unneeded: int) -> None:

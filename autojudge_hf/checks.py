@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .configuration import checked_threshold, decoding_settings, public_name
 from .draft_length import ADAPTIVE, DEFAULT_DRAFT_LENGTH
-from .model_properties import hidden_size, vocab_size
+from .model_properties import hidden_size, reads_targets_cache, vocab_size
 from .modeling import Judge
 
 
@@ -104,10 +104,12 @@ def checked_judge(
             f"A {judge.judge_type!r} judge reads the assistant's distribution, and prompt lookup has none. Pass an "
             "`assistant_model`, or use a judge that reads the target's alone, such as `margin`."
         )
-    if config.assistant_hidden_size is not None and assistant_model is None:
+    has_no_states = assistant_model is None or reads_targets_cache(assistant_model)
+    if config.assistant_hidden_size is not None and has_no_states:
+        drafter = "prompt lookup" if assistant_model is None else type(assistant_model).__name__
         raise ValueError(
-            f"The judge reads an assistant's hidden states, of size {config.assistant_hidden_size}, and prompt lookup "
-            "has none. Pass an `assistant_model`, or train a judge on the target's states alone."
+            f"The judge reads an assistant's hidden states, of size {config.assistant_hidden_size}, and {drafter} has "
+            "none. Pass an `assistant_model` that reads the text, or train a judge on the target's states alone."
         )
     pair = (("target", config.hidden_size, model), ("assistant", config.assistant_hidden_size, assistant_model))
     for name, size, part in pair:

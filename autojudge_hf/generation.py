@@ -19,9 +19,10 @@ from .fixed_cache import FixedCache, give_fixed_cache_back, take_fixed_cache, wh
 from .forward import cached_forward
 from .head_inputs import HeadInputs, head_reads_last_states
 from .judging import Judging
-from .model_properties import CACHE_NAME, input_device, max_positions, takes_positions
+from .model_properties import CACHE_NAME, input_device, max_positions, reads_targets_cache, takes_positions
 from .outputs import JudgeDecoderOnlyOutput, KeptOutputs
 from .rows import RowProcessors, Rows, StopRule
+from .shared_cache import SharedCacheCandidateGenerator
 from .supported import check_supported
 from .verification import verify_greedy, verify_sampled
 
@@ -114,12 +115,12 @@ def judge_decoding(
         if len(input_ids) == 1 and not isinstance(cache, FixedCache):
             # However it ends: a cache of the caller's has what is committed.
             at_end.callback(lambda: leave_behind(cache, rows.input_ids.shape[1] - 1))
-        target_head = at_end.enter_context(HeadInputs(model)) if judging.reads_target else None
         drafter = candidate_generator
         if drafter is None and assistant_model is None:
             drafter = PromptLookup(model, generation_config)
         elif drafter is None:
-            drafter = JudgeCandidateGenerator(
+            shares = reads_targets_cache(assistant_model)
+            drafter = (SharedCacheCandidateGenerator if shares else JudgeCandidateGenerator)(
                 assistant_model,
                 model,
                 draft_length.longest,
@@ -127,8 +128,10 @@ def judge_decoding(
                 eos_token_ids=stop.eos_token_ids,
                 head=at_end.enter_context(HeadInputs(assistant_model)) if judging.reads_assistant else None,
                 output_logits=judging.reads_assistant_logits,
-                cache=assistant_cache,
+                cache=cache if shares else assistant_cache,
             )
+        reads_states = judging.reads_target or drafter.reads_target_states
+        target_head = at_end.enter_context(HeadInputs(model)) if reads_states else None
         kept = KeptOutputs(generation_config, len(input_ids))
 
         prefill = True
@@ -157,10 +160,11 @@ def judge_decoding(
                 cache,
                 attention_mask,
                 num_logits=k + 1,
-                head=target_head if k > 0 else None,
+                head=target_head if k > 0 or drafter.reads_target_states else None,
                 output_hidden_states=kept.hidden_states is not None,
             )
             logits = outputs.logits[:, -k - 1 :].to(input_ids.device, torch.float32)
+            states = None if outputs.states is None else outputs.states[:, -k - 1 :]
             lengths = [min(k, *limits) for limits in zip(room, drafter.lengths or room)]
             processed = processors(rows, lengths, candidate_ids, logits)
             if generation_config.do_sample:
@@ -170,7 +174,7 @@ def judge_decoding(
 
             is_harmless = None
             if judging.wants(verification.matches):
-                is_harmless = judging(candidate_ids, processed, outputs.states, drafter.states, assistant_logits)
+                is_harmless = judging(candidate_ids, processed, states, drafter.states, assistant_logits)
             blocks, finished = [], []
             outcomes = verification.accept(candidate_ids, is_harmless, lengths, stop.eos_token_ids)
             for j, outcome in enumerate(outcomes):
@@ -187,7 +191,7 @@ def judge_decoding(
                 streamer.put(torch.tensor(blocks))
             # The newest token's keys and values aren't in the cache yet; those of rejected candidates are.
             rewind(cache, [k + 1 - len(block) for block in blocks])
-            drafter.rewind([len(block) for block in blocks])
+            drafter.rewind([len(block) for block in blocks], states)
             columns = rows.input_ids.shape[1] + max(map(len, blocks))
             draft_length.update(
                 [outcome.num_candidates for outcome in outcomes],

@@ -63,9 +63,8 @@ class Judging:
         Args:
             candidate_ids, assistant_states, assistant_logits: see `judge_inputs`.
             logits (`torch.FloatTensor` of shape `(b, k + 1, v)`): the target's, processed.
-            states (`torch.FloatTensor` of shape `(b, n, h)`, *optional*): the target's, of which the last k + 1 count.
+            states (`torch.FloatTensor` of shape `(b, k + 1, h)`, *optional*): the target's.
         """
-        states = None if states is None else states[:, -logits.shape[1] :]
         inputs = judge_inputs(candidate_ids, logits, states, assistant_states, assistant_logits, self.judge.config)
         # Logit features of a candidate that processors forbid are infinite, and no cause for alarm.
         self._sums_of_states.append(inputs.features[..., : self._num_state_features].sum())

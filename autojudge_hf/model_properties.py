@@ -39,6 +39,11 @@ def takes_positions(model: PreTrainedModel) -> bool:
     return "position_ids" in forward_parameters(model) or model.config.model_type in ALIBI
 
 
+def reads_targets_cache(model: PreTrainedModel) -> bool:
+    """Whether an assistant has no keys and values of its own, and reads the target's (Gemma 4's assistants)."""
+    return "shared_kv_states" in forward_parameters(model)
+
+
 def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
     """What `torch.compile` and PEFT wrap."""
     model = getattr(model, "_orig_mod", model)

@@ -15,7 +15,15 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 from .caches import other_layers
 from .checks import warn_once
 from .forward import positions_of
-from .model_properties import CACHE_NAME, takes_positions, unwrapped, vocab_size
+from .model_properties import (
+    CACHE_NAME,
+    forward_parameters,
+    hidden_size,
+    reads_targets_cache,
+    takes_positions,
+    unwrapped,
+    vocab_size,
+)
 
 
 if TYPE_CHECKING:
@@ -45,6 +53,8 @@ REFUSED_SETTINGS = {
 # its window, and its mask doesn't say so; ProphetNet reads one new token at a time; Dory adds layers to its cache.
 UNLIKE_THEIR_TEXT = ("xlm", "flaubert", "cpmant", "git", "moshi", "prophetnet", "dory")
 WITHOUT_CACHES = ("openai-gpt", "reformer", "xlnet")
+# Whose keys and values an assistant may read.
+SHARING_THEIR_CACHE = ("gemma4", "gemma3n")
 # These say that they aren't decoders, and are.
 DECODERS_ANYWAY = ("gpt_neox", "gpt_neox_japanese")
 
@@ -79,6 +89,7 @@ def check_supported(
     }
     given = [name for name, value in drafters.items() if value is not None]
     told = _told_by_peft(model)
+    shares_cache = assistant_model is not None and reads_targets_cache(assistant_model)
     reasons = {
         **_reasons_of_models(models),
         "prompts padded on the right or within (set `padding_side='left'`)": is_padded_behind,
@@ -100,12 +111,17 @@ def check_supported(
         f"the cache's {', '.join(layers)}": bool(layers),
         "offloaded caches": bool(getattr(cache, "offloading", False)),
         "`cache_implementation='static'` with `assistant_early_exit`": is_static and bool(config.assistant_early_exit),
+        "`cache_implementation='static'` with an assistant that reads the target's cache": is_static and shares_cache,
+        "assistants that don't draft from tokens (DFlash)": assistant_model is not None
+        and "input_ids" not in forward_parameters(assistant_model),
         f"two drafters at once ({', '.join(given)})": len(given) > 1,
         f"the model inputs {other}": bool(other),
     }
     for name, (off, reason) in REFUSED_SETTINGS.items():
         reasons[reason] = getattr(config, name, None) not in (None, off)
     _refuse(reasons)
+    if shares_cache:
+        _check_shares_cache(model, assistant_model)
     if assistant_model is not None and abs(vocab_size(model) - vocab_size(assistant_model)) > LARGEST_PADDING:
         raise ValueError(
             f"The models have different vocabularies: {vocab_size(model)} tokens in the target's, "
@@ -119,6 +135,16 @@ def check_supported(
         warn_once(
             f"{owner.__name__} has a `prepare_inputs_for_generation` of its own, which judge decoding doesn't call. "
             "See whether `judge_threshold=0.0` gives what greedy decoding gives."
+        )
+
+
+def _check_shares_cache(model: PreTrainedModel, assistant_model: PreTrainedModel) -> None:
+    wanted, actual = assistant_model.config.backbone_hidden_size, hidden_size(model)
+    if not model.config.model_type.startswith(SHARING_THEIR_CACHE) or wanted != actual:
+        raise ValueError(
+            f"{type(assistant_model).__name__} reads the cache and the states of the model it was made for: expected "
+            f"a target of the Gemma 4 family with states of size {wanted}, got {type(model).__name__} with {actual}. "
+            "Use the assistant that was published for this target."
         )
 
 

@@ -35,6 +35,7 @@ ORDER = [
     "supported",
     "judging",
     "candidate_generator",
+    "shared_cache",
     "rows",
     "outputs",
     "generation",

@@ -276,7 +276,7 @@ EMPTY = json.dumps({"value": []})
         (row(private_test_cases=packed(print)), "```\nprint(7)\n```", "builtins.print"),
         (row([("3 4", "no JSON")], "add"), "```\ndef add(x): return 7\n```", "Expecting value"),
         (row([("3 4", "1" * 50_001)], "add"), "```\ndef add(x): return 7\n```", "50001 digits, where 50000 are"),
-        (row([("3 4", "[" * 100_000)], "add"), "```\ndef add(x): return 7\n```", "recursion"),
+        (row([("3 4", "[" * 100_000)], "add"), "```\ndef add(x): return 7\n```", "recursion|Stack overflow"),
         (row(metadata="no JSON"), "```\nprint(7)\n```", "Expecting value"),
         (row([("3", "7")], "add"), "```\ndef sub(x): return 7\n```", "no function add"),
         (row([("3", "7")], metadata={"func_name": "add"}), "```\ndef add(x): return 8\n```", "wrong value"),

@@ -35,12 +35,21 @@ isolated = pytest.mark.skipif(
 )
 
 
-def test_isolates_where_the_system_can():
-    """Tests that are skipped for want of namespaces aren't skipped because of a mistake of ours."""
+def skip_unless_it_creates_namespaces(name):
+    """Asked of the program itself, so that nothing is skipped because of a mistake of ours."""
     user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-    command = ["unshare", *user, "--mount", "--net", "--pid", "--fork", "true"]
-    if shutil.which("unshare") is None or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("this system creates no namespaces")
+    options = {
+        "unshare": [*user, "--mount", "--net", "--pid", "--fork"],
+        "bwrap": ["--unshare-net", "--unshare-pid", "--ro-bind", "/", "/"],
+    }
+    if shutil.which(name) is None:
+        pytest.skip(f"{name} isn't installed")
+    if subprocess.run([name, *options[name], "true"], capture_output=True).returncode != 0:
+        pytest.skip(f"{name} may create no namespaces here")
+
+
+def test_isolates_where_the_system_can():
+    skip_unless_it_creates_namespaces("unshare")
     assert sandbox._mechanism() in ("bwrap", "unshare")
 
 
@@ -74,8 +83,8 @@ def nothing_is_left(tmp_path_factory):
 
 @pytest.fixture(params=["unshare", "bwrap", "limits"])
 def mechanism(request, monkeypatch):
-    if request.param != "limits" and shutil.which(request.param) is None:
-        pytest.skip(f"{request.param} isn't installed")
+    if request.param != "limits":
+        skip_unless_it_creates_namespaces(request.param)
     monkeypatch.setattr(sandbox, "_mechanism", lambda: request.param)
     return request.param
 
