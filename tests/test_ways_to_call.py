@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 import logging
+import re
 import threading
 import time
 
@@ -100,8 +101,21 @@ def test_hidden_states_of_a_ragged_batch(random_pair, top_k):
     batch = model.generate(**left_padded(prompts), **options).hidden_states
     for row, prompt in enumerate(prompts):
         alone = model.generate(torch.tensor([prompt]), **options).hidden_states
-        for token, expected in list(zip(batch, alone))[1:]:
+        for token, expected in list(zip(batch, alone, strict=True))[1:]:
             torch.testing.assert_close(token[-1][row], expected[-1][0], rtol=1e-4, atol=1e-4)
+
+
+def test_hidden_states_behind_a_rows_end(random_pair, top_k):
+    """Zeros, as many as the longest row needs; one row ends with its first token, one never."""
+    model, assistant = random_pair
+    prompts, eos_token_id = [[3, 14, 15, 9, 2, 6, 5], [7, 7, 3], [12, 4, 4, 4, 8]], 27
+    options = {"max_new_tokens": 12, "return_dict_in_generate": True, "output_hidden_states": True}
+    options |= {"assistant_model": assistant, "judge": top_k, "eos_token_id": eos_token_id, **LOSSLESS}
+    batch = model.generate(**left_padded(prompts), **options).hidden_states
+    lengths = [len(reference.greedy(model, prompt, 12, {eos_token_id})) - len(prompt) for prompt in prompts]
+    assert len(set(lengths)) == 3 and len(batch) == max(lengths) == 12
+    for row, length in enumerate(lengths):
+        assert [t for t, token in enumerate(batch) if token[-1][row].any()] == [*range(length)]
 
 
 def test_summary_is_a_line_with_the_counts(random_pair, top_k):
@@ -110,14 +124,24 @@ def test_summary_is_a_line_with_the_counts(random_pair, top_k):
         PROMPT,
         assistant_model=assistant,
         judge=top_k,
-        max_new_tokens=20,
+        judge_threshold=0.6,
+        num_assistant_tokens=5,
+        max_new_tokens=60,
         do_sample=False,
         return_dict_in_generate=True,
     )
     line = output.summary()
-    for name in COUNTS:
-        assert str(getattr(output, name).item()) in line
-    assert "\n" not in line
+    cycles, *counts = (getattr(output, name).item() for name in COUNTS)
+    behind = counts[0] - sum(counts[1:])
+    assert min(cycles, behind, *counts) > 0
+    assert [int(n) for n in re.findall(r"(?<!\.)\b\d+\b(?!\.)", line)] == [cycles, *counts, behind]
+
+
+def test_summary_of_a_single_token(random_pair, top_k):
+    """The prefill's, without any cycle."""
+    model, assistant = random_pair
+    options = {"assistant_model": assistant, "judge": top_k, "return_dict_in_generate": True}
+    assert model.generate(PROMPT, max_new_tokens=1, **options).summary().startswith("0.0 tokens per cycle: 0 cycles")
 
 
 # Callers
