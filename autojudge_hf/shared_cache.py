@@ -71,7 +71,6 @@ class SharedCacheCandidateGenerator(JudgeCandidateGenerator):
             attention_mask=mask,
             position_ids=positions.to(self._device),
             shared_kv_states={kind: (layer.keys, layer.values) for kind, layer in layers.items()},
-            use_cache=False,
         )
         self._state = outputs.last_hidden_state
         return Pass(outputs.logits, None, None)
