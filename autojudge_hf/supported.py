@@ -167,6 +167,7 @@ def _reasons_of_models(models: Sequence[PreTrainedModel]) -> dict[str, bool]:
         ),
         "prompt learning (PEFT), whose prompts it would leave out": _learned_its_prompt(models[0]),
         "models whose forward isn't of the text alone": any(m.config.model_type in UNLIKE_THEIR_TEXT for m in models),
+        "assistants without a cache of their own as targets": reads_targets_cache(models[0]),
         "models that cache no keys and values": any(m.config.model_type in WITHOUT_CACHES for m in models),
     }
 

@@ -249,6 +249,11 @@ def test_another_familys_target_is_refused(top_k):
         random_llama().generate(torch.tensor(PROMPTS[:1]), judge=top_k, assistant_model=assistant_of(), **OPTIONS)
 
 
+def test_an_assistant_is_no_target(top_k):
+    with pytest.raises(ValueError, match="assistants without a cache of their own as targets"):
+        assistant_of().generate(torch.tensor(PROMPTS[:1]), judge=top_k, assistant_model=target_of(0, 3), **OPTIONS)
+
+
 def test_mining_asks_for_an_assistant_that_reads_text(tokenizer):
     with pytest.raises(ValueError, match="Mine with an assistant that has a cache of its own"):
         mine_mismatches(
