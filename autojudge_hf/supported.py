@@ -112,8 +112,8 @@ def check_supported(
         "offloaded caches": bool(getattr(cache, "offloading", False)),
         "`cache_implementation='static'` with `assistant_early_exit`": is_static and bool(config.assistant_early_exit),
         "`cache_implementation='static'` with an assistant that reads the target's cache": is_static and shares_cache,
-        "assistants that don't draft from tokens (DFlash)": assistant_model is not None
-        and "input_ids" not in forward_parameters(assistant_model),
+        "assistants that draft by filling in noise (DFlash)": assistant_model is not None
+        and "noise_embeds" in forward_parameters(assistant_model),
         f"two drafters at once ({', '.join(given)})": len(given) > 1,
         f"the model inputs {other}": bool(other),
     }

@@ -261,8 +261,7 @@ def test_mining_asks_for_an_assistant_that_reads_text(tokenizer):
         )
 
 
-def test_assistants_that_read_no_tokens_are_refused(top_k):
-    """DFlash drafters fill in a block of noise."""
+def test_drafters_that_fill_in_noise_are_refused(top_k):
     config = MuseGlimmerAssistantConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -276,5 +275,5 @@ def test_assistants_that_read_no_tokens_are_refused(top_k):
         mask_token_id=2,
     )
     model = MuseGlimmerAssistantModel(config)
-    with pytest.raises(ValueError, match="don't draft from tokens"):
+    with pytest.raises(ValueError, match="draft by filling in noise"):
         random_llama().generate(torch.tensor(PROMPTS[:1]), judge=top_k, assistant_model=model, **OPTIONS)
