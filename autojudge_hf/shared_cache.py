@@ -45,7 +45,7 @@ class SharedCacheCandidateGenerator(JudgeCandidateGenerator):
         own = config.layer_types[: config.num_hidden_layers - config.num_kv_shared_layers]
         # The last layer of each kind that has keys and values of its own.
         self._layers = {kind: i for i, kind in enumerate(own)}
-        self._embed, self._device = target_model.get_input_embeddings(), input_device(target_model)
+        self._embed, self._embedded_on = target_model.get_input_embeddings(), input_device(target_model)
         #: The target's state before the newest token, then the assistant's of each candidate: shape `(b, 1, h)`.
         self._state: torch.Tensor | None = None
 
@@ -59,7 +59,8 @@ class SharedCacheCandidateGenerator(JudgeCandidateGenerator):
 
     @torch.inference_mode()
     def _forward(self, tokens: torch.LongTensor, mask: torch.Tensor | None) -> Pass:
-        embeddings = self._embed(tokens.to(self._device))
+        # The assistant moves these to its own device, and its answers back; not so the mask and the positions.
+        embeddings = self._embed(tokens.to(self._embedded_on))
         if mask is None:
             positions = torch.full_like(tokens, self._length - 1)
         else:
