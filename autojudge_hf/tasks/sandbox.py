@@ -161,7 +161,10 @@ def _command(mechanism: str, limits: Limits, python: list[str]) -> list[str]:
                 command += ["--perms", "0755", "--dir", str(parent)]
             way = ["--symlink", os.readlink(path)] if os.path.islink(path) else ["--ro-bind", path]
             command += [*way, path]
-        return [*command, "--dev", "/dev", "--chdir", "/work", *python]
+        command += ["--perms", "0755", "--dir", "/dev", "--symlink", "/work/stdin", "/dev/stdin"]
+        for device in DEVICES:
+            command += ["--dev-bind", device, device]
+        return [*command, "--remount-ro", "/", "--chdir", "/work", *python]
     return python
 
 

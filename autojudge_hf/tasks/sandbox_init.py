@@ -26,15 +26,15 @@ def emit(value):
         data = data[os.write(RESULTS, data) :]
 
 
-def shut_in(libc, root, read_only, disk_bytes):
+def mount(source, target, kind, flags, options=None):
+    names = [None if name is None else os.fsencode(name) for name in (source, target, kind)]
+    if LIBC.mount(*names, flags, None if options is None else options.encode()):
+        error = ctypes.get_errno()
+        raise OSError(error, f"mounting {target}: {os.strerror(error)}")
+
+
+def shut_in(root, read_only, disk_bytes):
     """Makes a file system in memory the root, with read-only views of `read_only` in it."""
-
-    def mount(source, target, kind, flags, options=None):
-        names = [None if name is None else os.fsencode(name) for name in (source, target, kind)]
-        if libc.mount(*names, flags, None if options is None else options.encode()):
-            error = ctypes.get_errno()
-            raise OSError(error, f"mounting {target}: {os.strerror(error)}")
-
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, f"size={disk_bytes},mode=755")
     for path in read_only:
@@ -52,19 +52,28 @@ def shut_in(libc, root, read_only, disk_bytes):
             # What the file system's owner has locked, such as `nosuid`, has to be said again.
             locked = os.statvfs(target).f_flag & (MS_NOSUID | MS_NODEV | os.ST_NOEXEC)
             mount(None, target, None, MS_REMOUNT | MS_BIND | MS_RDONLY | locked)
+    # For want of /proc only a path can lead to what a driver makes a program's input.
+    os.symlink("/work/stdin", root + "/dev/stdin")
     os.chroot(root)
 
 
-def give_up_privileges(libc, uid):
+def close_root(writable):
+    """Makes that file system read-only, too, but for the folders `writable`: whoever isn't root outside owns it."""
+    for folder in writable:
+        mount(folder, folder, None, MS_BIND)
+    mount(None, "/", None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
+
+
+def give_up_privileges(uid):
     if uid is not None:
         os.setgroups([])
         os.setgid(uid)
         os.setuid(uid)
     for capability in range(64):
-        libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+        LIBC.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
     header, nothing = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0), (ctypes.c_uint32 * 6)()
-    libc.capset(header, nothing)
-    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    LIBC.capset(header, nothing)
+    LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
 def limit(name, value):
@@ -102,25 +111,23 @@ def worker(work, seconds):
 
 def main():
     try:
-        libc = ctypes.CDLL(None, use_errno=True)
         if TOLD["root"] is not None:
-            shut_in(libc, TOLD["root"], TOLD["read_only"], LIMITS["disk_bytes"])
-        if os.getpid() == 1:
-            # In namespaces, where for want of /proc only a path can lead to what a driver makes a program's input.
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink("/dev/stdin")
-            os.symlink("/work/stdin", "/dev/stdin")
+            shut_in(TOLD["root"], TOLD["read_only"], LIMITS["disk_bytes"])
         if TOLD["uid"] is not None or TOLD["root"] is not None:
             for folder in ("/work", "/tmp"):
                 os.makedirs(folder, exist_ok=True)
                 os.chmod(folder, 0o777)
+            if TOLD["root"] is not None:
+                close_root(("/work", "/tmp"))
             os.chdir("/work")
-            give_up_privileges(libc, TOLD["uid"])
+            give_up_privileges(TOLD["uid"])
         limit(resource.RLIMIT_CORE, 0)
         limit(resource.RLIMIT_NOFILE, 64)
         limit(resource.RLIMIT_FSIZE, LIMITS["disk_bytes"])
         if hasattr(resource, "RLIMIT_NPROC") and os.getpid() == 1:
-            limit(resource.RLIMIT_NPROC, LIMITS["num_processes"])
+            # The `unshare` that waits for this process is in the same user namespace, if one was made.
+            num_waiting = TOLD["root"] is not None and TOLD["uid"] is None
+            limit(resource.RLIMIT_NPROC, LIMITS["num_processes"] + num_waiting)
     except OSError as error:
         emit({"failed": str(error)})
         return
@@ -136,6 +143,6 @@ if __name__ == "__main__":
     with open(0, "rb", closefd=False) as file:
         TOLD = json.loads(file.read())
     LIMITS = TOLD["limits"]
-    RESULTS = os.dup(1)
+    RESULTS, LIBC = os.dup(1), ctypes.CDLL(None, use_errno=True)
     sys.path = [path for path in sys.path[1:] if path] + TOLD["packages"]
     main()
