@@ -59,7 +59,7 @@ class SharedCacheCandidateGenerator(JudgeCandidateGenerator):
 
     @torch.inference_mode()
     def _forward(self, tokens: torch.LongTensor, mask: torch.Tensor | None) -> Pass:
-        # The assistant moves these to its own device, and its answers back; not so the mask and the positions.
+        # Embeddings, keys and values it moves to its own device, and its answers back; not mask and positions.
         embeddings = self._embed(tokens.to(self._embedded_on))
         if mask is None:
             positions = torch.full_like(tokens, self._length - 1)

@@ -191,7 +191,7 @@ def test_a_conversation_goes_on_from_its_cache(pair, top_k):
 
 
 def test_sampling_draws_from_the_target(pair, top_k):
-    """The second and third tokens of many samples, of which the assistant drafts both."""
+    """The first two tokens of many samples: one of the prefill, and one that the assistant drafts."""
     (model, assistant), prompt, num_samples = pair, PROMPTS[1], 4000
     torch.manual_seed(0)
     output = model.generate(
