@@ -53,12 +53,13 @@ def _with_judge(generate):
             # `generate` would go another way before it sees whose loop to run.
             raise ValueError("Judge decoding doesn't support `cache_implementation='paged'` (continuous batching).")
         _check_models(self, kwargs.get("assistant_model"))
-        _check_tokenizers(kwargs)
         _stop_strings_to_criterion(self, kwargs)
         decode = functools.partial(
             judge_decoding,
             judge=judge,
             assistant_model=kwargs.get("assistant_model"),
+            tokenizer=kwargs.get("tokenizer"),
+            assistant_tokenizer=kwargs.pop("assistant_tokenizer", None),
             streamer=kwargs.get("streamer"),
             **options,
         )
@@ -75,21 +76,6 @@ def _check_models(model: Any, assistant_model: Any) -> None:
         raise ValueError(
             f"`assistant_model` must be a model, got {type(assistant_model).__name__}. Load one with "
             "`AutoModelForCausalLM.from_pretrained(...)`."
-        )
-
-
-def _check_tokenizers(kwargs: dict[str, Any]) -> None:
-    """One tokenizer for both models: `assistant_tokenizer` may be passed, but not be another one."""
-    assistant_tokenizer = kwargs.pop("assistant_tokenizer", None)
-    if assistant_tokenizer is None:
-        return
-    tokenizer = kwargs.get("tokenizer")
-    if tokenizer is None or tokenizer.get_vocab() != assistant_tokenizer.get_vocab():
-        raise ValueError(
-            "Judge decoding doesn't support pairs with different tokenizers: expected `assistant_tokenizer` to have "
-            f"the vocabulary of `tokenizer`, got {type(assistant_tokenizer).__name__} with {len(assistant_tokenizer)} "
-            f"tokens beside {'None' if tokenizer is None else f'{len(tokenizer)} tokens'}. Use an assistant of the "
-            "target's own family."
         )
 
 

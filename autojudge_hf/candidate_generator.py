@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drafting: candidates of an assistant, with its hidden states for judges that read them, or of the prompt itself."""
+"""Drafting: candidates of an assistant, with its hidden states for judges that read them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.generation import CandidateGenerator
-from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from .caches import num_cached, rewind, rewindable_cache, shrink
 from .fixed_cache import FixedCache
@@ -18,7 +17,7 @@ from .model_properties import input_device, of_vocabulary, vocab_size
 
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import PreTrainedModel
     from transformers.cache_utils import Cache
 
 
@@ -217,57 +216,3 @@ class FormerResponses(JudgeCandidateGenerator):
                     return former[start + length :]
         # Right behind the token that differs there is no context yet.
         return former[n:] if former[n - 1 : n] == newest[-1:] else []
-
-
-class PromptLookup(CandidateGenerator):
-    """Drafts what followed the last tokens where they occurred before, by `transformers`' generator, row by row.
-
-    Args:
-        model (`PreTrainedModel`): the target.
-        generation_config (`GenerationConfig`): its `max_matching_ngram_size` and `max_length`.
-    """
-
-    states, reads_target_states = None, False
-
-    def __init__(self, model: PreTrainedModel, generation_config: GenerationConfig):
-        self.vocab_size = vocab_size(model)
-        self.of_a_row = PromptLookupCandidateGenerator(
-            eos_token_id=generation_config._eos_token_tensor,
-            max_matching_ngram_size=generation_config.max_matching_ngram_size or 2,
-            max_length=generation_config.max_length,
-            vocab_size=self.vocab_size,
-        )
-        #: How many candidates of each row are real; the others are padding.
-        self.lengths: list[int] = []
-
-    def get_candidates(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        max_candidates: int = 10,
-        process: Callable[..., torch.Tensor] | None = None,
-    ) -> tuple[torch.LongTensor, None]:
-        """As [`JudgeCandidateGenerator.get_candidates`]; the draft is certain of its candidates and has no logits.
-
-        A row's draft ends before a candidate that `process` forbids.
-        """
-        drafts = []
-        self.of_a_row.num_output_tokens = max_candidates
-        for j, row in enumerate(input_ids):
-            tokens = row if attention_mask is None else row[attention_mask[j].bool()]
-            sequence, _ = self.of_a_row.get_candidates(tokens[None])
-            drafts.append(sequence[0, len(tokens) :])
-        self.lengths = [len(draft) for draft in drafts]
-        padded = torch.nn.utils.rnn.pad_sequence(drafts, batch_first=True)
-        for i in range(padded.shape[1] if process is not None else 0):
-            logits = torch.zeros(len(padded), 1, self.vocab_size, device=padded.device)
-            logits = process(padded[:, :i], logits, lengths=self.lengths, only_forbid=True)[:, 0]
-            is_forbidden = logits.gather(1, padded[:, i : i + 1]).isinf()[:, 0].tolist()
-            self.lengths = [min(n, i) if forbidden else n for n, forbidden in zip(self.lengths, is_forbidden)]
-        return torch.cat([input_ids, padded], dim=1), None
-
-    def rewind(self, num_committed: Sequence[int], target_states: torch.Tensor | None) -> None:
-        """Holds nothing to forget."""
-
-    def shrink(self, rows: Sequence[int], unneeded: int) -> None:
-        """Holds nothing to drop."""

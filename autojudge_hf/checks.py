@@ -86,6 +86,7 @@ def checked_judge(
     model: PreTrainedModel,
     assistant_model: PreTrainedModel | None,
     generation_config: GenerationConfig,
+    has_other_tokenizer: bool = False,
 ) -> float:
     """The threshold to decode with, after checking that the judge fits the pair.
 
@@ -99,17 +100,21 @@ def checked_judge(
         return 0.0
     check_is_judge(judge)
     config = judge.config
-    if judge.reads_assistant_logits and assistant_model is None:
+    drafter = "prompt lookup" if assistant_model is None else type(assistant_model).__name__
+    if has_other_tokenizer:
+        drafter = "an assistant with another tokenizer"
+    has_no_logits = assistant_model is None or has_other_tokenizer
+    if judge.reads_assistant_logits and has_no_logits:
         raise ValueError(
-            f"A {judge.judge_type!r} judge reads the assistant's distribution, and prompt lookup has none. Pass an "
-            "`assistant_model`, or use a judge that reads the target's alone, such as `margin`."
+            f"A {judge.judge_type!r} judge reads the assistant's distribution, and {drafter} has none of the target's "
+            "tokens. Pass an `assistant_model` with the target's tokenizer, or use a judge that reads the target's "
+            "distribution alone, such as `margin`."
         )
-    has_no_states = assistant_model is None or reads_targets_cache(assistant_model)
-    if config.assistant_hidden_size is not None and has_no_states:
-        drafter = "prompt lookup" if assistant_model is None else type(assistant_model).__name__
+    if config.assistant_hidden_size is not None and (has_no_logits or reads_targets_cache(assistant_model)):
         raise ValueError(
             f"The judge reads an assistant's hidden states, of size {config.assistant_hidden_size}, and {drafter} has "
-            "none. Pass an `assistant_model` that reads the text, or train a judge on the target's states alone."
+            "none of the target's tokens. Pass an `assistant_model` that reads these, or train a judge on the "
+            "target's states alone."
         )
     pair = (("target", config.hidden_size, model), ("assistant", config.assistant_hidden_size, assistant_model))
     for name, size, part in pair:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .caches import leave_behind, num_cached, rewind, rewindable_cache, shrink
-from .candidate_generator import JudgeCandidateGenerator, PromptLookup
+from .candidate_generator import JudgeCandidateGenerator
+from .certain_drafts import PromptLookup
 from .checks import checked_draft_length, checked_judge, warn_once
 from .draft_length import draft_schedule
 from .early_exit import first_layers
@@ -20,6 +21,7 @@ from .forward import cached_forward
 from .head_inputs import HeadInputs, head_reads_last_states
 from .judging import Judging
 from .model_properties import CACHE_NAME, input_device, max_positions, reads_targets_cache, takes_positions
+from .other_tokenizer import OtherTokenizer, is_other_tokenizer
 from .outputs import JudgeDecoderOnlyOutput, KeptOutputs
 from .rows import RowProcessors, Rows, StopRule
 from .shared_cache import SharedCacheCandidateGenerator
@@ -30,7 +32,13 @@ from .verification import verify_greedy, verify_sampled
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+    from transformers import (
+        GenerationConfig,
+        LogitsProcessorList,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        StoppingCriteriaList,
+    )
     from transformers.cache_utils import Cache
     from transformers.generation.streamers import BaseStreamer
 
@@ -48,6 +56,8 @@ def judge_decoding(
     assistant_model: PreTrainedModel | None = None,
     judge_threshold: float | str | None = None,
     num_assistant_tokens: int | str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    assistant_tokenizer: PreTrainedTokenizerBase | None = None,
     streamer: BaseStreamer | None = None,
     candidate_generator: JudgeCandidateGenerator | None = None,
     **model_kwargs: Any,
@@ -71,6 +81,8 @@ def judge_decoding(
         num_assistant_tokens (`int` or `"adaptive"`, *optional*): candidates per cycle; default: the drafting
             model's generation config, or `prompt_lookup_num_tokens`. [`AdaptiveDraftLength`] says what `"adaptive"`
             does.
+        tokenizer, assistant_tokenizer (`PreTrainedTokenizerBase`, *optional*): of the target, and of an assistant
+            whose own is another one; [`OtherTokenizer`] drafts with it.
         streamer (`BaseStreamer`, *optional*): gets each cycle's tokens; for a single prompt.
         candidate_generator ([`JudgeCandidateGenerator`], *optional*): drafts in the assistant's place.
         model_kwargs: what `generate` prepared for the forward: cache, attention mask.
@@ -82,12 +94,15 @@ def judge_decoding(
     Raises:
         ValueError: before any forward, for whatever isn't supported or doesn't fit.
     """
-    check_supported(model, assistant_model, input_ids, generation_config, streamer, model_kwargs)
+    has_other_tokenizer = assistant_model is not None and is_other_tokenizer(tokenizer, assistant_tokenizer)
+    check_supported(model, assistant_model, has_other_tokenizer, input_ids, generation_config, streamer, model_kwargs)
     num_assistant_tokens = checked_draft_length(num_assistant_tokens, assistant_model, generation_config)
     own_assistant = assistant_model
     if generation_config.assistant_early_exit is not None:
         assistant_model = first_layers(model, generation_config.assistant_early_exit)
-    threshold = checked_judge(judge, judge_threshold, model, assistant_model, generation_config)
+    threshold = checked_judge(judge, judge_threshold, model, assistant_model, generation_config, has_other_tokenizer)
+    if has_other_tokenizer:
+        assistant_model = None  # of the target's tokens
 
     device = input_device(model)  # looked up once: it takes longer than moving a tensor to where it is
     judging = Judging(judge, threshold, input_ids.device)
@@ -116,7 +131,9 @@ def judge_decoding(
             # However it ends: a cache of the caller's has what is committed.
             at_end.callback(lambda: leave_behind(cache, rows.input_ids.shape[1] - 1))
         drafter = candidate_generator
-        if drafter is None and assistant_model is None:
+        if drafter is None and has_other_tokenizer:
+            drafter = OtherTokenizer(own_assistant, model, draft_length.longest, tokenizer, assistant_tokenizer)
+        elif drafter is None and assistant_model is None:
             drafter = PromptLookup(model, generation_config)
         elif drafter is None:
             shares = reads_targets_cache(assistant_model)

@@ -62,6 +62,7 @@ DECODERS_ANYWAY = ("gpt_neox", "gpt_neox_japanese")
 def check_supported(
     model: PreTrainedModel,
     assistant_model: PreTrainedModel | None,
+    has_other_tokenizer: bool,
     input_ids: torch.Tensor,
     generation_config: GenerationConfig,
     streamer: BaseStreamer | None,
@@ -112,6 +113,8 @@ def check_supported(
         "offloaded caches": bool(getattr(cache, "offloading", False)),
         "`cache_implementation='static'` with `assistant_early_exit`": is_static and bool(config.assistant_early_exit),
         "`cache_implementation='static'` with an assistant that reads the target's cache": is_static and shares_cache,
+        "an assistant that reads the target's cache, and another `assistant_tokenizer`": has_other_tokenizer
+        and shares_cache,
         "assistants that draft by filling in noise (DFlash)": assistant_model is not None
         and "noise_embeds" in forward_parameters(assistant_model),
         f"two drafters at once ({', '.join(given)})": len(given) > 1,
@@ -122,11 +125,13 @@ def check_supported(
     _refuse(reasons)
     if shares_cache:
         _check_shares_cache(model, assistant_model)
-    if assistant_model is not None and abs(vocab_size(model) - vocab_size(assistant_model)) > LARGEST_PADDING:
+    has_one_tokenizer = assistant_model is not None and not has_other_tokenizer
+    if has_one_tokenizer and abs(vocab_size(model) - vocab_size(assistant_model)) > LARGEST_PADDING:
         raise ValueError(
             f"The models have different vocabularies: {vocab_size(model)} tokens in the target's, "
             f"{vocab_size(assistant_model)} in the assistant's. Expected one tokenizer (the padding of its embeddings "
-            "may differ). Use an assistant of the target's own family."
+            "may differ). Use an assistant of the target's own family, or pass both `tokenizer` and "
+            "`assistant_tokenizer` to `generate`."
         )
     if config.compile_config is not None and not is_static:
         warn_once("Only fixed shapes are compiled: `compile_config` needs `cache_implementation='static'`.")

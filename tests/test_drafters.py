@@ -23,7 +23,7 @@ from transformers import (
 
 import autojudge_hf.generation
 from autojudge_hf import AutoJudge, JudgeConfig, judge_decoding
-from autojudge_hf.candidate_generator import PromptLookup
+from autojudge_hf.certain_drafts import PromptLookup
 from autojudge_hf.draft_length import AdaptiveDraftLength, draft_schedule
 from autojudge_hf.early_exit import first_layers
 from autojudge_hf.rows import RowProcessors, Rows
