@@ -62,11 +62,8 @@ class OtherTokenizer(CertainDrafts):
         ValueError: for a tokenizer that has more tokens than its model.
     """
 
-    #: Tokens whose text shows how what follows is cut.
-    CONTEXT = 16
-    #: Tokens of a response that are settled at once. What isn't is told anew for each draft, since the end of a text
-    #: may be cut in another way once it goes on.
-    SETTLED = 64
+    #: Tokens at the end of a text that are told anew for each draft: they may be cut in another way once it goes on.
+    UNSETTLED = 64
 
     def __init__(
         self,
@@ -90,12 +87,12 @@ class OtherTokenizer(CertainDrafts):
             assistant_model, assistant_model, num_assistant_tokens, do_sample=False, eos_token_ids=eos
         )
         self.rows: list[_Row] = []
-        self._not_to_assistant = _special_tokens_unlike(tokenizer, assistant_tokenizer)
-        self._not_to_target = _special_tokens_unlike(assistant_tokenizer, tokenizer)
+        self._to_assistant = _Translation(tokenizer, assistant_tokenizer)
+        self._to_target = _Translation(assistant_tokenizer, tokenizer)
 
     def drafts(self, rows: list[torch.LongTensor], max_candidates: int) -> list[list[int]]:
         texts = [row.tolist() for row in rows]
-        self.rows = self.rows or [self._begun(tokens[:-1]) for tokens in texts]
+        self.rows = self.rows or [self._begun(tokens) for tokens in texts]
         known = [self._known(row, tokens) for row, tokens in zip(self.rows, texts)]
         limit = max_positions(self.assistant.assistant_model) or math.inf
         length = min(max_candidates, limit - max(map(len, known)))
@@ -114,26 +111,22 @@ class OtherTokenizer(CertainDrafts):
             self.assistant.shrink(rows, 0)
             self.rows = [self.rows[j] for j in rows]
 
-    def _begun(self, prompt: list[int]) -> _Row:
-        tokens = self.assistant_tokenizer(self._told(prompt), verbose=False)["input_ids"]
-        if tokens[:2] == 2 * [self.assistant_tokenizer.bos_token_id]:  # the text's own, and what the tokenizer adds
-            del tokens[0]
-        return _Row(len(prompt), tokens, cached=[])
+    def _begun(self, tokens: list[int]) -> _Row:
+        usual = self.assistant_tokenizer.encode("")
+        begins_so = self._to_assistant([], tokens[:1]) == usual
+        return _Row(num_settled=0, settled=[] if begins_so else usual, cached=[])
 
     def _known(self, row: _Row, tokens: list[int]) -> list[int]:
         """A row of the target's tokens in the assistant's."""
-        while len(tokens) - row.num_settled > 2 * self.SETTLED:
-            row.settled = self._continued(row.settled, tokens[row.num_settled :][: self.SETTLED])
-            row.num_settled += self.SETTLED
-        last = self.assistant.vocab_size - 1
-        return [min(token, last) for token in self._continued(row.settled, tokens[row.num_settled :])] or [last]
-
-    def _continued(self, settled: list[int], tokens: list[int]) -> list[int]:
-        before = self.assistant_tokenizer.decode(settled[-self.CONTEXT :], clean_up_tokenization_spaces=False)
-        return settled + _tokens_behind(self.assistant_tokenizer, before, self._told(tokens))
-
-    def _told(self, tokens: list[int]) -> str:
-        return _text(self.tokenizer, tokens, self._not_to_assistant)
+        n, last = row.num_settled, self.assistant.vocab_size - 1
+        new = self._to_assistant(tokens[:n], tokens[n:])
+        known = row.settled + new
+        for end in range(len(tokens) - self.UNSETTLED, n + self.UNSETTLED, -1):
+            settled = self._to_assistant(tokens[:n], tokens[n:end])
+            if new[: len(settled)] == settled:  # not within a token of the assistant's
+                row.num_settled, row.settled = end, row.settled + settled
+                break
+        return [min(token, last) for token in known] or [last]
 
     def _behind_cached(self, known: list[list[int]]) -> tuple[torch.LongTensor, torch.LongTensor | None]:
         """Leaves the cache what its rows have in common with `known`; tokens and mask, shape `(b, n)`, of all.
@@ -151,35 +144,38 @@ class OtherTokenizer(CertainDrafts):
     def _translated(self, known: list[int], drafted: list[int]) -> list[int]:
         """The target's tokens of a draft behind `known`."""
         ends = (i for i, token in enumerate(drafted, start=1) if token in self.assistant.eos_token_ids)
-        context = known[-self.CONTEXT :]
-        before = _text(self.assistant_tokenizer, context, self._not_to_target)
-        text = _text(self.assistant_tokenizer, context + drafted[: next(ends, None)], self._not_to_target)
-        text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # a character that isn't finished
-        if not text.startswith(before):
-            return []
-        tokens = _tokens_behind(self.tokenizer, before, text[len(before) :])
+        tokens = self._to_target(known, drafted[: next(ends, None)])
         beyond = (i for i, token in enumerate(tokens) if token >= self.vocab_size)
         return tokens[: next(beyond, None)]
 
 
-def _special_tokens_unlike(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> set[int]:
-    """Those whose text is nothing special to the other."""
-    of_other = other.added_tokens_encoder
-    added = tokenizer.added_tokens_decoder
-    return {i for i, token in added.items() if token.special and token.content not in of_other}
+class _Translation:
+    """From one tokenizer's tokens to those that another has for their text."""
 
+    #: Tokens whose text shows how what follows is cut.
+    CONTEXT = 16
 
-def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int], left_out: set[int]) -> str:
-    return tokenizer.decode([token for token in tokens if token not in left_out], clean_up_tokenization_spaces=False)
+    def __init__(self, source: PreTrainedTokenizerBase, destination: PreTrainedTokenizerBase):
+        self.source, self.destination = source, destination
+        known = destination.added_tokens_encoder
+        added = source.added_tokens_decoder.items()
+        self.left_out = {i for i, token in added if token.special and token.content not in known}
 
+    def __call__(self, before: list[int], tokens: list[int]) -> list[int]:
+        """Of `tokens` behind `before`, both the source's."""
+        context = before[-self.CONTEXT :]
+        # By difference: alone, tokens might lose the space or the half of a character that they begin with.
+        head, text = self.text(context), self.text(context + tokens)
+        of_head, of_text = (self.destination.encode(x, add_special_tokens=False) for x in (head, text))
+        if of_text[: len(of_head)] == of_head:
+            return of_text[len(of_head) :]
+        # It goes on with a word whose first part is a token already.
+        return self.destination.encode(text[len(head) :], add_special_tokens=False)
 
-def _tokens_behind(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> list[int]:
-    """Tokens of a text that goes on where another ends."""
-    head, tokens = (tokenizer.encode(x, add_special_tokens=False) for x in (before, before + text))
-    if tokens[: len(head)] == head:
-        return tokens[len(head) :]
-    # It goes on with a word whose first part is a token already.
-    return tokenizer.encode(text, add_special_tokens=False)
+    def text(self, tokens: list[int]) -> str:
+        """Without what isn't a whole character yet."""
+        told = [token for token in tokens if token not in self.left_out]
+        return self.source.decode(told, clean_up_tokenization_spaces=False).rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 def _num_shared(a: list[int], b: list[int]) -> int:

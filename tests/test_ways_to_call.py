@@ -434,17 +434,6 @@ def test_other_vocabularies_are_refused(random_pair, top_k):
         model.generate(PROMPT, assistant_model=random_llama(1, 1100), judge=top_k, max_new_tokens=5)
 
 
-def test_another_tokenizer_is_refused(target, draft, tokenizer, top_k):
-    other = copy.deepcopy(tokenizer)
-    other.add_tokens(["<|other|>"])
-    inputs = tokenizer("one two", return_tensors="pt", add_special_tokens=False)
-    options = {"assistant_model": draft, "judge": top_k, "max_new_tokens": 4, "tokenizer": tokenizer}
-    with pytest.raises(ValueError, match="different tokenizers.*1025 tokens beside 1024"):
-        target.generate(**inputs, assistant_tokenizer=other, **options)
-    same = copy.deepcopy(tokenizer)
-    assert target.generate(**inputs, assistant_tokenizer=same, **options).shape[1] == inputs["input_ids"].shape[1] + 4
-
-
 def test_a_judge_of_another_pair_warns_with_both_names(random_pair, caplog):
     model, assistant = (copy.deepcopy(m) for m in random_pair)
     model.config._name_or_path, assistant.config._name_or_path = "org/big", "org/small"
