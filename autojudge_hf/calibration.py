@@ -40,6 +40,7 @@ def calibrate_threshold(
     dataset_name: str,
     split: str = "validation",
     num_assistant_tokens: int | Literal["adaptive"] | None = None,
+    assistant_tokenizer: PreTrainedTokenizerBase | None = None,
     max_new_tokens: int,
     batch_size: int = 1,
 ) -> list[dict[str, Any]]:
@@ -66,7 +67,7 @@ def calibrate_threshold(
         lossless (`dict`, *optional*): the first row that an earlier call returned for these examples and this draft
             length, where several judges are calibrated on them.
         dataset_name, split (`str`): for `evaluation_summary`.
-        num_assistant_tokens, max_new_tokens, batch_size: as in `evaluate_judge`.
+        num_assistant_tokens, assistant_tokenizer, max_new_tokens, batch_size: as in `evaluate_judge`.
 
     Returns:
         `list[dict]`: the rows of `evaluate_judge` up to the threshold at which the last budget was missed.
@@ -101,7 +102,7 @@ def calibrate_threshold(
     if few := {name: n for name, n in needed.items() if n > len(dataset)}:
         logger.warning(f"{len(dataset)} examples are too few to be {confidence:.1%} sure of a budget: it takes {few}.")
     options = {"thresholds": thresholds, "num_assistant_tokens": num_assistant_tokens, "lossless": lossless}
-    options |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    options |= {"assistant_tokenizer": assistant_tokenizer, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     rows, kept, open_budgets = [], dict.fromkeys(max_drops, 0.0), set(max_drops)
     for row in rows_one_by_one(model, assistant_model, tokenizer, dataset, task, judge, **options):
         rows.append(row)

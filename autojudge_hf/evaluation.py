@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from .checks import check_is_judge, checked_judge
 from .generation import judge_decoding
 from .measuring import measure_decoding
+from .other_tokenizer import is_other_tokenizer
 from .tasks.task import Task, checked_examples
 
 
@@ -32,6 +33,7 @@ def evaluate_judge(
     *,
     thresholds: Iterable[float | str],
     num_assistant_tokens: int | Literal["adaptive"] | None = None,
+    assistant_tokenizer: PreTrainedTokenizerBase | None = None,
     max_new_tokens: int,
     batch_size: int = 1,
 ) -> list[dict[str, Any]]:
@@ -42,6 +44,7 @@ def evaluate_judge(
         judge (`Judge`): the judge to measure.
         thresholds (`Iterable[float | str]`): values of `judge_threshold`, or their names in the judge's config.
         num_assistant_tokens (`int` or `"adaptive"`, *optional*): candidates per cycle, the lossless row's included.
+        assistant_tokenizer (`PreTrainedTokenizerBase`, *optional*): of an assistant that has another one.
         max_new_tokens (`int`): limit of a response, in tokens.
         batch_size (`int`, *optional*, defaults to 1): prompts decoded at once.
 
@@ -53,7 +56,7 @@ def evaluate_judge(
         ValueError: before any decoding, for a judge that doesn't fit, a threshold outside [0, 1], no examples.
     """
     options = {"thresholds": thresholds, "num_assistant_tokens": num_assistant_tokens}
-    options |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    options |= {"assistant_tokenizer": assistant_tokenizer, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     return list(rows_one_by_one(model, assistant_model, tokenizer, dataset, task, judge, **options))
 
 
@@ -67,6 +70,7 @@ def rows_one_by_one(
     *,
     thresholds: Iterable[float | str],
     num_assistant_tokens: int | str | None,
+    assistant_tokenizer: PreTrainedTokenizerBase | None,
     lossless: dict[str, Any] | None = None,
     **options: Any,
 ) -> Iterator[dict[str, Any]]:
@@ -77,17 +81,22 @@ def rows_one_by_one(
     if not settings["do_sample"]:
         settings["top_k"] = 50  # `generate`'s default: it warns of any other without sampling
     config = GenerationConfig(**settings)
-    values = [checked_judge(judge, threshold, model, assistant_model, config) for threshold in listed(thresholds)]
+    pair = model, assistant_model, config, is_other_tokenizer(tokenizer, assistant_tokenizer)
+    values = [checked_judge(judge, threshold, *pair) for threshold in listed(thresholds)]
     measure = functools.partial(measure_decoding, model, tokenizer, examples, task, **options)
     # Mining knows no stop strings either, which the model's own config may have.
     shared = {"assistant_model": assistant_model, **settings, "stop_strings": None, "return_dict_in_generate": True}
-    loop = functools.partial(
-        judge_decoding, assistant_model=assistant_model, num_assistant_tokens=num_assistant_tokens
+    lossless_loop = functools.partial(
+        judge_decoding,
+        assistant_model=assistant_model,
+        num_assistant_tokens=num_assistant_tokens,
+        tokenizer=tokenizer,
+        assistant_tokenizer=assistant_tokenizer,
     )
-    yield lossless or {"threshold": None, **measure("lossless", custom_generate=loop, **shared)}
+    yield lossless or {"threshold": None, **measure("lossless", custom_generate=lossless_loop, **shared)}
     for threshold in values:
-        judged = {"judge": judge, "judge_threshold": threshold, "num_assistant_tokens": num_assistant_tokens}
-        yield {"threshold": threshold, **measure(f"threshold {threshold:.3g}", **judged, **shared)}
+        loop = functools.partial(lossless_loop, judge=judge, judge_threshold=threshold)
+        yield {"threshold": threshold, **measure(f"threshold {threshold:.3g}", custom_generate=loop, **shared)}
 
 
 def evaluation_summary(

@@ -64,6 +64,8 @@ class OtherTokenizer(CertainDrafts):
 
     #: Tokens at the end of a text that are told anew for each draft: they may be cut in another way once it goes on.
     UNSETTLED = 64
+    #: In tokens: so far back somebody else's token surely ends.
+    LONGEST_WORD = 8
 
     def __init__(
         self,
@@ -81,7 +83,7 @@ class OtherTokenizer(CertainDrafts):
                     f"`{name}` has {len(its_tokenizer)} tokens, and {type(its_model).__name__} knows "
                     f"{vocab_size(its_model)}: expected the tokenizer that the model was trained with."
                 )
-        self.tokenizer, self.assistant_tokenizer = tokenizer, assistant_tokenizer
+        self.assistant_tokenizer = assistant_tokenizer
         eos = eos_token_ids(assistant_model)
         self.assistant = JudgeCandidateGenerator(
             assistant_model, assistant_model, num_assistant_tokens, do_sample=False, eos_token_ids=eos
@@ -121,7 +123,8 @@ class OtherTokenizer(CertainDrafts):
         n, last = row.num_settled, self.assistant.vocab_size - 1
         new = self._to_assistant(tokens[:n], tokens[n:])
         known = row.settled + new
-        for end in range(len(tokens) - self.UNSETTLED, n + self.UNSETTLED, -1):
+        newest = len(tokens) - self.UNSETTLED
+        for end in range(newest, max(n + self.UNSETTLED, newest - self.LONGEST_WORD), -1):
             settled = self._to_assistant(tokens[:n], tokens[n:end])
             if new[: len(settled)] == settled:  # not within a token of the assistant's
                 row.num_settled, row.settled = end, row.settled + settled
@@ -166,16 +169,19 @@ class _Translation:
         context = before[-self.CONTEXT :]
         # By difference: alone, tokens might lose the space or the half of a character that they begin with.
         head, text = self.text(context), self.text(context + tokens)
-        of_head, of_text = (self.destination.encode(x, add_special_tokens=False) for x in (head, text))
+        of_head, of_text = (self._encoded(x) for x in (head, text))
         if of_text[: len(of_head)] == of_head:
             return of_text[len(of_head) :]
         # It goes on with a word whose first part is a token already.
-        return self.destination.encode(text[len(head) :], add_special_tokens=False)
+        return self._encoded(text[len(head) :])
 
     def text(self, tokens: list[int]) -> str:
         """Without what isn't a whole character yet."""
         told = [token for token in tokens if token not in self.left_out]
         return self.source.decode(told, clean_up_tokenization_spaces=False).rstrip("\N{REPLACEMENT CHARACTER}")
+
+    def _encoded(self, text: str) -> list[int]:
+        return self.destination.encode(text, add_special_tokens=False, verbose=False)
 
 
 def _num_shared(a: list[int], b: list[int]) -> int:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import DynamicCache, PreTrainedTokenizerFast, pipeline
 from transformers.utils import logging
 
-from autojudge_hf import AutoJudge, JudgeConfig, judge_decoding
+from autojudge_hf import AutoJudge, JudgeConfig, calibrate_threshold, evaluate_judge, judge_decoding
 from autojudge_hf.other_tokenizer import OtherTokenizer
 from autojudge_hf.tasks import GSM8K
 
@@ -259,6 +259,24 @@ def test_a_pipeline_passes_both(target, tokenizer, others, test_problems, top_k)
     chat = [{"role": "user", "content": GSM8K().instruction(test_problems[0])}]
     options = {"do_sample": False, "max_new_tokens": 100}
     assert generator(chat, judge=top_k, judge_threshold=0.0, **options) == plain(chat, **options)
+
+
+@pytest.mark.slow
+def test_a_judge_is_measured_with_both(target, draft, tokenizer, others, test_problems):
+    other, other_tokenizer = others
+    judge = AutoJudge.from_config(JudgeConfig(judge_type="margin"))
+    options = {"thresholds": [0.4], "num_assistant_tokens": 8, "max_new_tokens": 200, "batch_size": 2}
+    evaluate = functools.partial(evaluate_judge, target, tokenizer=tokenizer, dataset=test_problems[:4], **options)
+    expected = evaluate(assistant_model=draft, task=GSM8K(), judge=judge)
+    got = evaluate(assistant_model=other, assistant_tokenizer=other_tokenizer, task=GSM8K(), judge=judge)
+    for row, its_row in zip(got, expected):
+        assert row["texts"] == its_row["texts"] and row["tokens_per_cycle"] == its_row["tokens_per_cycle"]
+    calibrate = functools.partial(calibrate_threshold, target, other, tokenizer, test_problems[:4], GSM8K(), judge)
+    calibrate(dataset_name="word problems", assistant_tokenizer=other_tokenizer, **options)
+    assert len(judge.config.evaluation) == 2
+    kl = AutoJudge.from_config(JudgeConfig(judge_type="kl"))
+    with pytest.raises(ValueError, match="'kl' judge reads"):
+        evaluate(assistant_model=other, assistant_tokenizer=other_tokenizer, task=GSM8K(), judge=kl)
 
 
 # Special tokens
