@@ -42,6 +42,8 @@ class JudgeCandidateGenerator(CandidateGenerator):
 
     #: Whether a draft begins from the target's last hidden states.
     reads_target_states = False
+    #: Those of the target's hidden states that are read besides.
+    target_layers: list[int] = []
 
     def __init__(
         self,
@@ -131,13 +133,20 @@ class JudgeCandidateGenerator(CandidateGenerator):
         sequence = torch.cat([input_ids, *drafted], dim=1)
         return sequence, torch.cat(logits, dim=1) if logits else None
 
-    def rewind(self, num_committed: Sequence[int], target_states: torch.Tensor | None) -> None:
+    def rewind(
+        self,
+        num_committed: Sequence[int],
+        target_states: torch.Tensor | None,
+        target_layers: Sequence[torch.Tensor] | None,
+    ) -> None:
         """Forgets the candidates that weren't committed: row i went on by `num_committed[i]` tokens.
 
         Args:
             num_committed (`Sequence[int]`): accepted candidates and the target's own token.
             target_states (`torch.FloatTensor` of shape `(b, k + 1, h)`, *optional*): the target's last hidden states
                 of the newest token and the candidates, kept for drafters that read them.
+            target_layers (`Sequence[torch.FloatTensor]`, *optional*): all layers' states, or those that a drafter asks
+                for, of what the target has just read.
         """
         cached = num_cached(self.cache)
         if cached:

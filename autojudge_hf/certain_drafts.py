@@ -24,7 +24,7 @@ class CertainDrafts(CandidateGenerator):
         model (`PreTrainedModel`): the target.
     """
 
-    states, reads_target_states = None, False
+    states, reads_target_states, target_layers = None, False, []
 
     def __init__(self, model: PreTrainedModel):
         self.vocab_size = vocab_size(model)
@@ -56,7 +56,12 @@ class CertainDrafts(CandidateGenerator):
             self.lengths = [min(n, i) if forbidden else n for n, forbidden in zip(self.lengths, is_forbidden)]
         return torch.cat([input_ids, padded], dim=1), None
 
-    def rewind(self, num_committed: Sequence[int], target_states: torch.Tensor | None) -> None:
+    def rewind(
+        self,
+        num_committed: Sequence[int],
+        target_states: torch.Tensor | None,
+        target_layers: Sequence[torch.Tensor] | None,
+    ) -> None:
         """Nothing to forget: each draft begins with the whole rows."""
 
     def shrink(self, rows: Sequence[int], unneeded: int) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .configuration import checked_threshold, decoding_settings, public_name
 from .draft_length import ADAPTIVE, DEFAULT_DRAFT_LENGTH
-from .model_properties import hidden_size, reads_targets_cache, vocab_size
+from .model_properties import hidden_size, reads_targets_cache, reads_targets_layers, vocab_size
 from .modeling import Judge
 
 
@@ -45,7 +45,8 @@ def checked_draft_length(
     """Candidates per cycle, or `"adaptive"`; the drafter's own number for `num_assistant_tokens=None`.
 
     Raises:
-        ValueError: for no drafter at all, or what is neither a positive int nor `"adaptive"`.
+        ValueError: for no drafter at all, what is neither a positive int nor `"adaptive"`, or more than an assistant's
+            block (DFlash).
     """
     prompt_lookup = getattr(generation_config, "prompt_lookup_num_tokens", None)
     early_exit = getattr(generation_config, "assistant_early_exit", None)
@@ -54,8 +55,10 @@ def checked_draft_length(
             "Judge decoding needs a drafter: expected `assistant_model=<a smaller model with the same tokenizer>`, "
             "`prompt_lookup_num_tokens=<int>` or `assistant_early_exit=<layers>`, got None of them."
         )
-    default = DEFAULT_DRAFT_LENGTH
-    if assistant_model is not None:
+    default, longest = DEFAULT_DRAFT_LENGTH, None
+    if assistant_model is not None and reads_targets_layers(assistant_model):
+        default = longest = assistant_model.config.block_size - 1
+    elif assistant_model is not None:
         default = assistant_model.generation_config.num_assistant_tokens or default
     elif prompt_lookup is not None:
         default = prompt_lookup
@@ -69,6 +72,11 @@ def checked_draft_length(
     if not is_number or num_assistant_tokens < 1:
         raise ValueError(
             f"`num_assistant_tokens` must be an int of at least 1 or {ADAPTIVE!r}, got {num_assistant_tokens!r}."
+        )
+    if longest is not None and num_assistant_tokens > longest:
+        raise ValueError(
+            f"`num_assistant_tokens` must be at most {longest} for a {type(assistant_model).__name__}, which drafts "
+            f"blocks of so many, got {num_assistant_tokens}."
         )
     return int(num_assistant_tokens)
 
@@ -110,7 +118,8 @@ def checked_judge(
             "tokens. Pass an `assistant_model` with the target's tokenizer, or use a judge that reads the target's "
             "distribution alone, such as `margin`."
         )
-    if config.assistant_hidden_size is not None and (has_no_logits or reads_targets_cache(assistant_model)):
+    has_no_states = has_no_logits or reads_targets_cache(assistant_model) or reads_targets_layers(assistant_model)
+    if config.assistant_hidden_size is not None and has_no_states:
         raise ValueError(
             f"The judge reads an assistant's hidden states, of size {config.assistant_hidden_size}, and {drafter} has "
             "none of the target's tokens. Pass an `assistant_model` that reads these, or train a judge on the "

@@ -39,7 +39,7 @@ def cached_forward(
     attention_mask: torch.Tensor | None = None,
     num_logits: int = 1,
     head: HeadInputs | None = None,
-    output_hidden_states: bool = False,
+    output_hidden_states: bool | list[int] = False,
 ) -> Pass:
     """Runs `tokens` through `model` behind what `cache` holds, which then holds them too.
 
@@ -49,7 +49,7 @@ def cached_forward(
         attention_mask (`torch.LongTensor` of shape `(b, prefix + n)`, *optional*): 0 at padding. `None`: no padding.
         num_logits (`int`): how many last positions get logits and states; not every model can skip the others.
         head ([`HeadInputs`], *optional*): of `model`, to return the last hidden states.
-        output_hidden_states (`bool`): whether to return those of all layers.
+        output_hidden_states (`bool` or `list[int]`): whether to return those of all layers, or of which.
 
     Returns:
         [`Pass`]; behind a [`FixedCache`] of tensors of its own, else of inference tensors (on small models that is a
@@ -57,7 +57,7 @@ def cached_forward(
     """
     if isinstance(cache, FixedCache):
         return _fixed_forward(model, tokens, cache, attention_mask, num_logits, head is not None, output_hidden_states)
-    captures = output_hidden_states or (head is not None and head.are_captured)
+    captures = True if head is not None and head.are_captured else output_hidden_states
     if head is not None and not head.are_captured:
         head.listen()
     with torch.inference_mode():

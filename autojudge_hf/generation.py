@@ -14,13 +14,21 @@ from .caches import leave_behind, num_cached, rewind, rewindable_cache, shrink
 from .candidate_generator import JudgeCandidateGenerator
 from .certain_drafts import PromptLookup
 from .checks import checked_draft_length, checked_judge, warn_once
+from .dflash import DFlashCandidateGenerator
 from .draft_length import draft_schedule
 from .early_exit import first_layers
 from .fixed_cache import FixedCache, give_fixed_cache_back, take_fixed_cache, why_not_fixed
 from .forward import cached_forward
 from .head_inputs import HeadInputs, head_reads_last_states
 from .judging import Judging
-from .model_properties import CACHE_NAME, input_device, max_positions, reads_targets_cache, takes_positions
+from .model_properties import (
+    CACHE_NAME,
+    input_device,
+    max_positions,
+    reads_targets_cache,
+    reads_targets_layers,
+    takes_positions,
+)
 from .other_tokenizer import OtherTokenizer, is_other_tokenizer
 from .outputs import JudgeDecoderOnlyOutput, KeptOutputs
 from .rows import RowProcessors, Rows, StopRule
@@ -40,6 +48,7 @@ if TYPE_CHECKING:
         StoppingCriteriaList,
     )
     from transformers.cache_utils import Cache
+    from transformers.generation import CandidateGenerator
     from transformers.generation.streamers import BaseStreamer
 
     from .modeling import Judge
@@ -101,8 +110,9 @@ def judge_decoding(
     if generation_config.assistant_early_exit is not None:
         assistant_model = first_layers(model, generation_config.assistant_early_exit)
     threshold = checked_judge(judge, judge_threshold, model, assistant_model, generation_config, has_other_tokenizer)
-    if has_other_tokenizer:
-        assistant_model = None  # of the target's tokens
+    tokenizers = (tokenizer, assistant_tokenizer) if has_other_tokenizer else None
+    # Those that read the target's tokens.
+    readers = [model] if assistant_model is None or has_other_tokenizer else [model, assistant_model]
 
     device = input_device(model)  # looked up once: it takes longer than moving a tensor to where it is
     judging = Judging(judge, threshold, input_ids.device)
@@ -111,8 +121,7 @@ def judge_decoding(
     rows = Rows(input_ids, model_kwargs.get("attention_mask"))
     stop = StopRule(stopping_criteria, input_ids)
     processors = RowProcessors(logits_processor, len(input_ids), stop.eos_token_ids)
-    limits = [max_positions(m) for m in (model, assistant_model) if m is not None]
-    max_length = min((limit for limit in limits if limit), default=math.inf)
+    max_length = min((limit for limit in map(max_positions, readers) if limit), default=math.inf)
     with contextlib.ExitStack() as at_end:
         cache, assistant_cache = model_kwargs[CACHE_NAME], None
         if generation_config.cache_implementation == "static":
@@ -120,33 +129,28 @@ def judge_decoding(
             fixed = functools.partial(_fixed_or_growing, at_end, len(input_ids), generation_config)
             longest = input_ids.shape[1] + budget
             cache = fixed(model, longest, draft_length.widths, judging.reads_target)
-            if assistant_model is not None:
+            for assistant in readers[1:]:
                 # The newest token, and one more where the last candidate was accepted. A row that has no room left
                 # drafts as far as the others.
                 length = longest + min(draft_length.longest, budget)
-                assistant_cache = fixed(assistant_model, length, [1, 2], judging.reads_assistant)
+                assistant_cache = fixed(assistant, length, [1, 2], judging.reads_assistant)
         else:
             cache.activate_past_recording()
         if len(input_ids) == 1 and not isinstance(cache, FixedCache):
             # However it ends: a cache of the caller's has what is committed.
             at_end.callback(lambda: leave_behind(cache, rows.input_ids.shape[1] - 1))
-        drafter = candidate_generator
-        if drafter is None and has_other_tokenizer:
-            drafter = OtherTokenizer(own_assistant, model, draft_length.longest, tokenizer, assistant_tokenizer)
-        elif drafter is None and assistant_model is None:
-            drafter = PromptLookup(model, generation_config)
-        elif drafter is None:
-            shares = reads_targets_cache(assistant_model)
-            drafter = (SharedCacheCandidateGenerator if shares else JudgeCandidateGenerator)(
-                assistant_model,
-                model,
-                draft_length.longest,
-                do_sample=generation_config.do_sample,
-                eos_token_ids=stop.eos_token_ids,
-                head=at_end.enter_context(HeadInputs(assistant_model)) if judging.reads_assistant else None,
-                output_logits=judging.reads_assistant_logits,
-                cache=cache if shares else assistant_cache,
-            )
+        drafter = candidate_generator or _drafter(
+            at_end,
+            model,
+            assistant_model,
+            tokenizers,
+            draft_length.longest,
+            generation_config,
+            judging,
+            stop.eos_token_ids,
+            cache,
+            assistant_cache,
+        )
         reads_states = judging.reads_target or drafter.reads_target_states
         target_head = at_end.enter_context(HeadInputs(model)) if reads_states else None
         kept = KeptOutputs(generation_config, len(input_ids))
@@ -178,7 +182,7 @@ def judge_decoding(
                 attention_mask,
                 num_logits=k + 1,
                 head=target_head if k > 0 or drafter.reads_target_states else None,
-                output_hidden_states=kept.hidden_states is not None,
+                output_hidden_states=kept.hidden_states is not None or drafter.target_layers,
             )
             logits = outputs.logits[:, -k - 1 :].to(input_ids.device, torch.float32)
             states = None if outputs.states is None else outputs.states[:, -k - 1 :]
@@ -208,7 +212,7 @@ def judge_decoding(
                 streamer.put(torch.tensor(blocks))
             # The newest token's keys and values aren't in the cache yet; those of rejected candidates are.
             rewind(cache, [k + 1 - len(block) for block in blocks])
-            drafter.rewind([len(block) for block in blocks], states)
+            drafter.rewind([len(block) for block in blocks], states, outputs.hidden_states)
             columns = rows.input_ids.shape[1] + max(map(len, blocks))
             draft_length.update(
                 [outcome.num_candidates for outcome in outcomes],
@@ -234,6 +238,34 @@ def judge_decoding(
     # A batch's cache has lost the rows that finished first.
     reusable = {CACHE_NAME: cache} if len(input_ids) == 1 else {}
     return JudgeDecoderOnlyOutput(sequences, **kept.output(), **reusable)
+
+
+def _drafter(
+    at_end: contextlib.ExitStack,
+    model: PreTrainedModel,
+    assistant_model: PreTrainedModel | None,
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None,
+    num_assistant_tokens: int,
+    generation_config: GenerationConfig,
+    judging: Judging,
+    eos_token_ids: set[int],
+    cache: Cache,
+    assistant_cache: Cache | None,
+) -> CandidateGenerator:
+    """Where candidates come from, by what there is to draft with."""
+    if assistant_model is None:
+        return PromptLookup(model, generation_config)
+    pair = assistant_model, model, num_assistant_tokens
+    if tokenizers is not None:
+        return OtherTokenizer(*pair, *tokenizers)
+    options = {"do_sample": generation_config.do_sample, "output_logits": judging.reads_assistant_logits}
+    if reads_targets_layers(assistant_model):
+        return DFlashCandidateGenerator(*pair, **options)
+    options["eos_token_ids"] = eos_token_ids
+    if reads_targets_cache(assistant_model):
+        return SharedCacheCandidateGenerator(*pair, cache=cache, **options)
+    head = at_end.enter_context(HeadInputs(assistant_model)) if judging.reads_assistant else None
+    return JudgeCandidateGenerator(*pair, cache=assistant_cache, head=head, **options)
 
 
 def _fixed_or_growing(

@@ -44,6 +44,11 @@ def reads_targets_cache(model: PreTrainedModel) -> bool:
     return "shared_kv_states" in forward_parameters(model)
 
 
+def reads_targets_layers(model: PreTrainedModel) -> bool:
+    """Whether an assistant has no embeddings of its own, and reads the states of the target's layers (DFlash)."""
+    return "noise_embeds" in forward_parameters(model)
+
+
 def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
     """What `torch.compile` and PEFT wrap."""
     model = getattr(model, "_orig_mod", model)

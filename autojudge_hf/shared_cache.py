@@ -49,7 +49,12 @@ class SharedCacheCandidateGenerator(JudgeCandidateGenerator):
         #: The target's state before the newest token, then the assistant's of each candidate: shape `(b, 1, h)`.
         self._state: torch.Tensor | None = None
 
-    def rewind(self, num_committed: Sequence[int], target_states: torch.Tensor) -> None:
+    def rewind(
+        self,
+        num_committed: Sequence[int],
+        target_states: torch.Tensor,
+        target_layers: Sequence[torch.Tensor] | None,
+    ) -> None:
         """Begins the next draft behind what was committed; the loop has taken the cache back."""
         newest = torch.tensor(num_committed, device=target_states.device) - 1
         self._state = target_states[torch.arange(len(newest), device=newest.device), newest][:, None]

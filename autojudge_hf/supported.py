@@ -17,9 +17,9 @@ from .checks import warn_once
 from .forward import positions_of
 from .model_properties import (
     CACHE_NAME,
-    forward_parameters,
     hidden_size,
     reads_targets_cache,
+    reads_targets_layers,
     takes_positions,
     unwrapped,
     vocab_size,
@@ -46,7 +46,6 @@ REFUSED_SETTINGS = {
     "watermarking_config": (None, "watermarks"),
     "output_attentions": (False, "`output_attentions`"),
     "use_mtp": (False, "`use_mtp`"),
-    "speculation_type": (None, "`speculation_type`"),
     "assistant_ensemble_weight": (None, "`assistant_ensemble_weight`"),
 }
 # XLM and CPM-Ant add tokens that nobody passes, GIT those of an image where there is a mask; Moshi forgets what leaves
@@ -91,6 +90,8 @@ def check_supported(
     given = [name for name, value in drafters.items() if value is not None]
     told = _told_by_peft(model)
     shares_cache = assistant_model is not None and reads_targets_cache(assistant_model)
+    reads_layers = assistant_model is not None and reads_targets_layers(assistant_model)
+    reads_target = shares_cache or reads_layers
     reasons = {
         **_reasons_of_models(models),
         "prompts padded on the right or within (set `padding_side='left'`)": is_padded_behind,
@@ -112,11 +113,15 @@ def check_supported(
         f"the cache's {', '.join(layers)}": bool(layers),
         "offloaded caches": bool(getattr(cache, "offloading", False)),
         "`cache_implementation='static'` with `assistant_early_exit`": is_static and bool(config.assistant_early_exit),
-        "`cache_implementation='static'` with an assistant that reads the target's cache": is_static and shares_cache,
-        "an assistant that reads the target's cache, and another `assistant_tokenizer`": has_other_tokenizer
-        and shares_cache,
-        "assistants that draft by filling in noise (DFlash)": assistant_model is not None
-        and "noise_embeds" in forward_parameters(assistant_model),
+        "`cache_implementation='static'` with an assistant that reads the target's cache or states": is_static
+        and reads_target,
+        "an assistant that reads the target's cache or states, and another `assistant_tokenizer`": has_other_tokenizer
+        and reads_target,
+        "a cache of an earlier call with an assistant that reads the target's states (DFlash)": reads_layers
+        and type(cache) is DynamicCache
+        and cache.get_seq_length() > 0,
+        f"`speculation_type={config.speculation_type!r}` with this assistant": config.speculation_type is not None
+        and not (config.speculation_type == "dflash" and reads_layers),
         f"two drafters at once ({', '.join(given)})": len(given) > 1,
         f"the model inputs {other}": bool(other),
     }
@@ -125,7 +130,9 @@ def check_supported(
     _refuse(reasons)
     if shares_cache:
         _check_shares_cache(model, assistant_model)
-    has_one_tokenizer = assistant_model is not None and not has_other_tokenizer
+    if reads_layers:
+        _check_reads_layers(model, assistant_model)
+    has_one_tokenizer = assistant_model is not None and not has_other_tokenizer and not reads_layers
     if has_one_tokenizer and abs(vocab_size(model) - vocab_size(assistant_model)) > LARGEST_PADDING:
         raise ValueError(
             f"The models have different vocabularies: {vocab_size(model)} tokens in the target's, "
@@ -150,6 +157,19 @@ def _check_shares_cache(model: PreTrainedModel, assistant_model: PreTrainedModel
             f"{type(assistant_model).__name__} reads the cache and the states of the model it was made for: expected "
             f"a target of the Gemma 4 family with states of size {wanted}, got {type(model).__name__} with {actual}. "
             "Use the assistant that was published for this target."
+        )
+
+
+def _check_reads_layers(model: PreTrainedModel, assistant_model: PreTrainedModel) -> None:
+    ours, its = model.config.get_text_config(decoder=True), assistant_model.config
+    deepest = max(its.target_layer_ids)
+    fits = its.hidden_size == ours.hidden_size and deepest < ours.num_hidden_layers
+    if not fits or its.mask_token_id >= vocab_size(model):
+        raise ValueError(
+            f"{type(assistant_model).__name__} reads the states of the model it was made for: expected a target with "
+            f"states of size {its.hidden_size}, more than {deepest} layers and a token {its.mask_token_id}, got "
+            f"{type(model).__name__} with {ours.hidden_size}, {ours.num_hidden_layers} layers and {vocab_size(model)} "
+            "tokens. Use the assistant that was published for this target."
         )
 
 

@@ -36,6 +36,7 @@ ORDER = [
     "judging",
     "candidate_generator",
     "shared_cache",
+    "dflash",
     "certain_drafts",
     "rows",
     "other_tokenizer",

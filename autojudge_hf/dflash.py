@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafting a block of tokens in one forward, from the states of some of the target's layers (DFlash)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.cache_utils import DFlashCache
+from transformers.generation import CandidateGenerator
+
+from .caches import growing, num_cached, rewind, shrink
+from .forward import positions_of
+from .model_properties import CACHE_NAME, input_device
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class DFlashCandidateGenerator(CandidateGenerator):
+    """Fills in the tokens behind the newest one, all at once (arXiv 2602.06036).
+
+    What the assistant knows of the text are keys and values that it makes of the target's states, and it has neither
+    embeddings nor a head of its own: these are the target's.
+
+    Args:
+        assistant_model (`PreTrainedModel`): the drafter.
+        target_model (`PreTrainedModel`): whose embeddings and head it uses.
+        num_assistant_tokens (`int`): candidates per cycle, one less than the assistant's block at most.
+        do_sample (`bool`): whether to draw the candidates rather than take the best.
+        output_logits (`bool`, *optional*, defaults to `False`): whether to return the logits of a greedy draft, too.
+    """
+
+    states, lengths, reads_target_states = None, None, False
+
+    def __init__(
+        self,
+        assistant_model: PreTrainedModel,
+        target_model: PreTrainedModel,
+        num_assistant_tokens: int,
+        *,
+        do_sample: bool,
+        output_logits: bool = False,
+    ):
+        config = assistant_model.config
+        self.assistant_model, self.target_model = assistant_model, target_model
+        self.block_size, self.mask_token_id = config.block_size, config.mask_token_id
+        self.num_assistant_tokens = min(num_assistant_tokens, self.block_size - 1)
+        self.do_sample, self.output_logits = do_sample, output_logits or do_sample
+        #: Which of the target's hidden states are read; the first are the embeddings.
+        self.target_layers = [i + 1 for i in config.target_layer_ids]
+        self.cache = growing(DFlashCache(config=config))
+        #: The target's states of what was committed last, of all layers that are read: shape `(b, n, layers * h)`.
+        self._context: torch.Tensor | None = None
+        self._num_drafted = 0
+
+    @torch.inference_mode()
+    def get_candidates(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        max_candidates: int | None = None,
+        process: Callable[[torch.LongTensor, torch.Tensor], torch.Tensor] | None = None,
+    ) -> tuple[torch.LongTensor, torch.Tensor | None]:
+        """As [`JudgeCandidateGenerator.get_candidates`]."""
+        length = self.num_assistant_tokens
+        self._num_drafted = length if max_candidates is None else min(length, max_candidates)
+        if self._num_drafted == 0:
+            return input_ids, None
+        logits = self._logits(input_ids, attention_mask).to(input_ids.device, torch.float32)
+        if process is None:
+            candidate_ids = self._choices(logits)
+        else:
+            candidate_ids = input_ids[:, :0]
+            for i in range(self._num_drafted):
+                logits[:, i : i + 1] = process(candidate_ids, logits[:, i : i + 1])
+                candidate_ids = torch.cat([candidate_ids, self._choices(logits[:, i : i + 1])], dim=1)
+        return torch.cat([input_ids, candidate_ids], dim=1), logits if self.output_logits else None
+
+    def rewind(
+        self,
+        num_committed: Sequence[int],
+        target_states: torch.Tensor | None,
+        target_layers: Sequence[torch.Tensor],
+    ) -> None:
+        """Keeps the states of what was committed: row i went on by `num_committed[i]` tokens.
+
+        Rows stay aligned at their ends: one that went on by less than another will have some of its states, and so
+        keys and values, made anew.
+        """
+        new = torch.cat([target_layers[i] for i in self.target_layers], dim=-1)
+        context = new if self._context is None else torch.cat([self._context, new], dim=1)
+        # The states behind the last verified token are the newest's, which isn't verified yet.
+        dropped = [self._num_drafted + 1 - n for n in num_committed]
+        context = context[:, : context.shape[1] - min(dropped)]
+        if max(dropped) > min(dropped):
+            context = torch.stack([row.roll(n - min(dropped), dims=0) for row, n in zip(context, dropped)])
+        self._context = context
+        rewind(self.cache, [max(num_committed) - n for n in num_committed])
+
+    def shrink(self, rows: Sequence[int], unneeded: int) -> None:
+        """Keeps some rows of the batch, and drops the first `unneeded` columns."""
+        self._context = self._context[list(rows)]
+        shrink(self.cache, rows, num_cached(self.cache) - unneeded)
+
+    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
+        """Nothing to learn: the loop passes each cycle's draft length to `get_candidates`."""
+
+    def _logits(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Of the tokens behind the newest, shape `(b, k, v)`."""
+        device, cached = input_device(self.assistant_model), num_cached(self.cache)
+        noise_ids = input_ids.new_full((len(input_ids), self.block_size), self.mask_token_id)
+        noise_ids[:, 0] = input_ids[:, -1]
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask = torch.nn.functional.pad(mask, (0, self.block_size - 1), value=1).to(device)
+        num_new = input_ids.shape[1] - 1 - cached
+        self.cache.set_previous_accepted_tokens(num_new)
+        outputs = self.assistant_model(
+            noise_embeds=self._embedded(noise_ids.to(input_device(self.target_model))).to(device),
+            context_hidden_states=self._context[:, -num_new:].to(device),
+            position_ids=positions_of(mask)[:, cached:],
+            attention_mask=None if attention_mask is None else mask,
+            **{CACHE_NAME: self.cache},
+        )
+        rewind(self.cache, [self.block_size] * len(input_ids))
+        # A row may have to have so many made anew, if another's whole draft is accepted and nothing of its own.
+        self._context = self._context[:, -self.block_size :].clone()
+        states = outputs.last_hidden_state[:, 1 : self._num_drafted + 1]
+        head = self.target_model.get_output_embeddings()
+        return head(states.to(head.weight.device))
+
+    def _embedded(self, tokens: torch.LongTensor) -> torch.Tensor:
+        """As the assistant was trained to read them: without the norm that some targets put behind."""
+        embeddings = self.target_model.get_input_embeddings()
+        if hasattr(embeddings, "embed_norm"):
+            return torch.nn.functional.embedding(tokens, embeddings.weight)
+        return embeddings(tokens)
+
+    def _choices(self, logits: torch.Tensor) -> torch.LongTensor:
+        if not self.do_sample:
+            return logits.argmax(dim=-1)
+        return torch.multinomial(logits.softmax(dim=-1).flatten(0, 1), num_samples=1).view(logits.shape[:2])

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Assistants that draft a block at once from the target's states (DFlash): stock's drafts, and the target's tokens."""
+
+import functools
+
+import pytest
+import reference
+import torch
+from conftest import left_padded, random_llama, scaled_up
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    MuseGlimmerAssistantConfig,
+    MuseGlimmerAssistantModel,
+    MuseGlimmerConfig,
+    MuseGlimmerForConditionalGeneration,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from autojudge_hf import AutoJudge, JudgeConfig, judge_decoding, mine_mismatches
+from autojudge_hf.dflash import DFlashCandidateGenerator
+from autojudge_hf.model_properties import CACHE_NAME
+from autojudge_hf.tasks import GSM8K
+
+
+WINDOW = 8
+BLOCK = 6
+PROMPTS = [[3, 14, 15, 9, 2, 6, 5, 3, 5, 8, 9], [2, 7, 1], [8, 2, 8, 1, 8, 2, 8]]
+OPTIONS = {"do_sample": False, "max_new_tokens": 40}
+
+
+def assistant_of(seed=0, **overrides):
+    torch.manual_seed(seed)
+    config = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": WINDOW,
+        "block_size": BLOCK,
+        "target_layer_ids": [0, 1],
+        "mask_token_id": 2,
+        **overrides,
+    }
+    return scaled_up(MuseGlimmerAssistantModel(MuseGlimmerAssistantConfig(**config)).eval())
+
+
+def glimmer():
+    """The family these assistants are made for, whose embeddings have a norm behind them that they go without."""
+    torch.manual_seed(3)
+    text = {
+        "vocab_size": 16,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "sliding_window": WINDOW,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": None,
+    }
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = MuseGlimmerConfig(text_config=text, vision_config=vision, image_token_id=15, video_token_id=15)
+    model = MuseGlimmerForConditionalGeneration(config).eval()
+    model.generation_config.eos_token_id = None
+    return scaled_up(model)
+
+
+@pytest.fixture(scope="module", params=["llama", "glimmer"])
+def pair(request):
+    return (random_llama(0, 16) if request.param == "llama" else glimmer()), assistant_of()
+
+
+def stock_draft(model, assistant, tokens):
+    """What transformers' own generator drafts behind a text, from one forward over all of it."""
+    text = torch.tensor([tokens])
+    outputs = model(text[:, :-1], output_hidden_states=True)
+    generator = model._get_candidate_generator(
+        generation_config=GenerationConfig(max_length=500, speculation_type="dflash"),
+        input_ids=text,
+        inputs_tensor=text,
+        logits_processor=LogitsProcessorList(),
+        model_kwargs={},
+        assistant_model=assistant,
+    )
+    drafted, _ = generator.get_candidates(
+        text,
+        model_kwargs={"attention_mask": torch.ones_like(text), "position_ids": torch.arange(len(tokens))[None]},
+        model_outputs=CausalLMOutputWithPast(hidden_states=outputs.hidden_states),
+        is_first_iteration=False,
+        n_last_matches=0,
+    )
+    return drafted[0, len(tokens) :].tolist()
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_drafts_are_those_of_stock(pair, top_k, num_rows, monkeypatch):
+    """At every cycle, within the window and beyond it, behind rejected candidates and accepted ones."""
+    target, assistant = pair
+    drafts, get_candidates = [], DFlashCandidateGenerator.get_candidates
+
+    def seen(self, input_ids, attention_mask=None, *args):
+        sequence, logits = get_candidates(self, input_ids, attention_mask, *args)
+        for row, mask in zip(sequence, [None] * num_rows if attention_mask is None else attention_mask):
+            first = 0 if mask is None else int((mask == 0).sum())
+            drafts.append((row[first : input_ids.shape[1]].tolist(), row[input_ids.shape[1] :].tolist()))
+        return sequence, logits
+
+    monkeypatch.setattr(DFlashCandidateGenerator, "get_candidates", seen)
+    output = target.generate(
+        **left_padded(PROMPTS[:num_rows]),
+        assistant_model=assistant,
+        judge=top_k,
+        judge_threshold=0.9,
+        return_dict_in_generate=True,
+        **OPTIONS,
+    )
+    assert output.num_judge_accepted.sum() > 0 and output.num_judge_rejected.sum() > 0
+    assert len({len(text) for text, _ in drafts}) > 5 and max(len(text) for text, _ in drafts) > 3 * WINDOW
+    assert max(len(candidates) for _, candidates in drafts) == BLOCK - 1
+    for text, candidates in drafts:
+        assert candidates == stock_draft(target, assistant, text)[: len(candidates)]
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("num_assistant_tokens", [None, 1, 3, "adaptive"])
+def test_lossless(pair, top_k, num_assistant_tokens, num_rows):
+    target, assistant = pair
+    output = target.generate(
+        **left_padded(PROMPTS[:num_rows]),
+        assistant_model=assistant,
+        judge=top_k,
+        judge_threshold=0.0,
+        num_assistant_tokens=num_assistant_tokens,
+        return_dict_in_generate=True,
+        **OPTIONS,
+    )
+    for row, prompt in zip(output.sequences, PROMPTS):
+        expected = reference.greedy(target, prompt, OPTIONS["max_new_tokens"], ())
+        assert row[-OPTIONS["max_new_tokens"] :].tolist() == expected[len(prompt) :]
+    assert 0 < output.num_matches.sum() < output.num_candidates.sum()
+
+
+@pytest.mark.parametrize("more", [{"repetition_penalty": 1.3}, {"output_hidden_states": True}])
+def test_the_same_as_stock(pair, top_k, more):
+    target, assistant = pair
+    options = {**OPTIONS, "assistant_model": assistant, "speculation_type": "dflash", "return_dict_in_generate": True}
+    got = target.generate(torch.tensor(PROMPTS[:1]), judge=top_k, judge_threshold=0.0, **options, **more)
+    options = {**OPTIONS, "return_dict_in_generate": True}
+    expected = target.generate(torch.tensor(PROMPTS[:1]), **options, **more)
+    assert torch.equal(got.sequences, expected.sequences)
+    if "output_hidden_states" in more:
+        for ours, its in zip(got.hidden_states, expected.hidden_states, strict=True):
+            torch.testing.assert_close(ours, its, rtol=1e-4, atol=1e-4)
+
+
+def test_without_a_judge(pair):
+    target, assistant = pair
+    prompt = torch.tensor(PROMPTS[:1])
+    loop = functools.partial(judge_decoding, assistant_model=assistant)
+    options = {**OPTIONS, "assistant_model": assistant, "speculation_type": "dflash"}
+    assert torch.equal(target.generate(prompt, custom_generate=loop, **options), target.generate(prompt, **OPTIONS))
+
+
+def test_a_batch_gives_what_rows_give_alone(pair):
+    """With a judge of the target's states, and rows that end at different times."""
+    target, assistant = pair
+    torch.manual_seed(5)
+    judge = AutoJudge.from_config(JudgeConfig(hidden_size=32))
+    judge.load_state_dict({"weight": torch.randn(32), "bias": torch.zeros(1)})
+    options = {**OPTIONS, "assistant_model": assistant, "judge": judge, "judge_threshold": 0.5}
+    options |= {"return_dict_in_generate": True, "eos_token_id": 8, "pad_token_id": 0}
+    together = target.generate(**left_padded(PROMPTS), **options)
+    assert together.num_judge_accepted.sum() > 0 and together.num_judge_rejected.sum() > 0
+    width, lengths = max(map(len, PROMPTS)), set()
+    for row, prompt in zip(together.sequences[:, width:].tolist(), PROMPTS):
+        alone = target.generate(torch.tensor([prompt]), **options).sequences[0, len(prompt) :].tolist()
+        assert row == alone + [0] * (len(row) - len(alone))
+        lengths.add(len(alone))
+    assert len(lengths) > 1
+
+
+def test_sampling_draws_from_the_target(pair, top_k):
+    """The first two tokens of many samples: one of the prefill, and one that the assistant drafts."""
+    (model, assistant), prompt, num_samples = pair, PROMPTS[1], 4000
+    torch.manual_seed(0)
+    output = model.generate(
+        torch.tensor([prompt] * num_samples),
+        do_sample=True,
+        top_k=0,
+        temperature=3.0,
+        max_new_tokens=3,
+        assistant_model=assistant,
+        judge=top_k,
+        judge_threshold=0.0,
+        num_assistant_tokens=2,
+        return_dict_in_generate=True,
+    )
+    assert 0 < output.num_matches.sum() < output.num_candidates.sum()
+    first = torch.tensor([[*prompt, token] for token in range(16)])
+    with torch.no_grad():
+        p_first = (model(first).logits[:, len(prompt) - 1] / 3)[0].softmax(-1)
+        p_second = (model(first).logits[:, -1] / 3).softmax(-1)
+    expected = (p_first[:, None] * p_second).flatten()
+    drawn = output.sequences[:, len(prompt) : len(prompt) + 2]
+    counts = torch.bincount(drawn[:, 0] * 16 + drawn[:, 1], minlength=256)
+    assert reference.chi_square_p(counts, expected) > reference.NOT_CHANCE
+
+
+def test_a_judge_may_read_what_the_assistant_thought(pair):
+    target, assistant = pair
+    judge = AutoJudge.from_config(JudgeConfig(judge_type="kl"))
+    options = {**OPTIONS, "assistant_model": assistant, "judge": judge, "return_dict_in_generate": True}
+    output = target.generate(torch.tensor(PROMPTS[:1]), judge_threshold=0.999, **options)
+    assert output.num_judge_accepted.sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"cache_implementation": "static"}, "'static'` with an assistant that reads the target's cache or states"),
+        ({"judge": JudgeConfig(assistant_hidden_size=32)}, "of size 32, and MuseGlimmerAssistantModel has none"),
+        ({"num_assistant_tokens": BLOCK}, "at most 5 for a MuseGlimmerAssistantModel, .* got 6"),
+        ({"assistant_model": {"hidden_size": 48}}, "states of size 48, .* got LlamaForCausalLM with 32"),
+        ({"assistant_model": {"target_layer_ids": [0, 2]}}, "more than 2 layers .* with 32, 2 layers"),
+        ({"assistant_model": {"mask_token_id": 16}}, "a token 16, .* 16 tokens"),
+        ({"speculation_type": "other"}, "`speculation_type='other'` with this assistant"),
+    ],
+)
+def test_what_cannot_work_is_refused(others, message, top_k):
+    model, options = random_llama(0, 16), {"judge": top_k, "assistant_model": {}, **OPTIONS, **others}
+    if isinstance(options["judge"], JudgeConfig):
+        options["judge"] = AutoJudge.from_config(options["judge"])
+    options["assistant_model"] = assistant_of(**options["assistant_model"])
+    model.register_forward_pre_hook(lambda *_: pytest.fail("a forward"))
+    with pytest.raises(ValueError, match=message):
+        model.generate(torch.tensor(PROMPTS[:1]), **options)
+
+
+def test_dflash_needs_its_assistant(random_pair, top_k):
+    model, assistant = random_pair
+    options = {"judge": top_k, "assistant_model": assistant, "speculation_type": "dflash", **OPTIONS}
+    with pytest.raises(ValueError, match="`speculation_type='dflash'` with this assistant"):
+        model.generate(torch.tensor(PROMPTS[:1]), **options)
+
+
+def test_an_earlier_calls_cache_lacks_the_states(top_k):
+    model, cache = random_llama(0, 16), DynamicCache()
+    text = torch.tensor(PROMPTS[:1])
+    model(text[:, :-3], **{CACHE_NAME: cache})
+    with pytest.raises(ValueError, match="a cache of an earlier call with an assistant that reads"):
+        model.generate(text, judge=top_k, assistant_model=assistant_of(), **{CACHE_NAME: cache}, **OPTIONS)
+
+
+def test_mining_asks_for_an_assistant_that_reads_text(tokenizer):
+    with pytest.raises(ValueError, match="Mine with an assistant that reads the text"):
+        mine_mismatches(
+            random_llama(), assistant_of(), tokenizer, [{"question": "?"}], GSM8K(), max_new_tokens=8, batch_size=1
+        )
