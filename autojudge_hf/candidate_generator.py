@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.generation import CandidateGenerator
 
 from .caches import num_cached, rewind, rewindable_cache, shrink
+from .drafter import Drafter
 from .fixed_cache import FixedCache
 from .forward import cached_forward, fixed_draft
 from .head_inputs import HeadInputs
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
 
-class JudgeCandidateGenerator(CandidateGenerator):
+class JudgeCandidateGenerator(Drafter):
     """Drafts candidates with a smaller model, on its own cache.
 
     Unlike the stock generator it doesn't call `generate` for every draft, it obeys `num_assistant_tokens` exactly,
@@ -39,11 +39,6 @@ class JudgeCandidateGenerator(CandidateGenerator):
         output_logits (`bool`, *optional*, defaults to `False`): whether to return the logits of a greedy draft, too.
         cache (`Cache`, *optional*): the assistant's keys and values of a prefix of the first `input_ids`.
     """
-
-    #: Whether a draft begins from the target's last hidden states.
-    reads_target_states = False
-    #: Those of the target's hidden states that are read besides.
-    target_layers: list[int] = []
 
     def __init__(
         self,
@@ -65,11 +60,6 @@ class JudgeCandidateGenerator(CandidateGenerator):
         self.output_logits = output_logits or do_sample
         self.vocab_size, self.target_vocab_size = vocab_size(assistant_model), vocab_size(target_model)
         self.cache = rewindable_cache(assistant_model) if cache is None else cache
-        #: The assistant's last hidden states of the last draft, from the last committed token to the last candidate:
-        #: shape `(b, k + 1, h_a)`.
-        self.states: torch.Tensor | None = None
-        #: How many candidates of each row are real; `None`: all of them.
-        self.lengths: list[int] | None = None
         self._length = num_cached(self.cache)
         self._device = input_device(assistant_model)
 
@@ -80,19 +70,7 @@ class JudgeCandidateGenerator(CandidateGenerator):
         max_candidates: int | None = None,
         process: Callable[[torch.LongTensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> tuple[torch.LongTensor, torch.Tensor | None]:
-        """Drafts after `input_ids`.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(b, n)`): the committed tokens.
-            attention_mask (`torch.LongTensor` of shape `(b, n)`, *optional*): 0 at padding.
-            max_candidates (`int`, *optional*): draft at most so many.
-            process (`Callable`, *optional*): the target's logits processors, which the draft follows too: from the
-                candidates so far, `(b, i)`, and their next logits, `(b, 1, v)`, to processed logits.
-
-        Returns:
-            `(candidate_input_ids, logits)`: the tokens followed by `k` candidates, shape `(b, n + k)`; and the
-            processed logits that they were drawn from, shape `(b, k, v)`, where these are kept.
-        """
+        """As [`Drafter.get_candidates`]."""
         self._length = input_ids.shape[1]
         length = self.num_assistant_tokens
         if max_candidates is not None:
@@ -139,15 +117,6 @@ class JudgeCandidateGenerator(CandidateGenerator):
         target_states: torch.Tensor | None,
         target_layers: Sequence[torch.Tensor] | None,
     ) -> None:
-        """Forgets the candidates that weren't committed: row i went on by `num_committed[i]` tokens.
-
-        Args:
-            num_committed (`Sequence[int]`): accepted candidates and the target's own token.
-            target_states (`torch.FloatTensor` of shape `(b, k + 1, h)`, *optional*): the target's last hidden states
-                of the newest token and the candidates, kept for drafters that read them.
-            target_layers (`Sequence[torch.FloatTensor]`, *optional*): all layers' states, or those that a drafter asks
-                for, of what the target has just read.
-        """
         cached = num_cached(self.cache)
         if cached:
             # All rows leave the same number of committed tokens to the next draft: the newest, and one more where a
@@ -156,11 +125,7 @@ class JudgeCandidateGenerator(CandidateGenerator):
             rewind(self.cache, [cached - (self._length + n - ahead) for n in num_committed])
 
     def shrink(self, rows: Sequence[int], unneeded: int) -> None:
-        """Keeps some rows of the batch, and drops the first `unneeded` columns."""
         shrink(self.cache, rows, num_cached(self.cache) - unneeded)
-
-    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
-        """Nothing to learn: the loop passes each cycle's draft length to `get_candidates`."""
 
     def _known(self, tokens: torch.LongTensor) -> torch.LongTensor:
         """The assistant may lack some of the target's tokens; any other will do: only the draft gets worse."""

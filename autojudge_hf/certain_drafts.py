@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from transformers.generation import CandidateGenerator
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
+from .drafter import Drafter
 from .model_properties import vocab_size
 
 
@@ -17,19 +17,15 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
 
-class CertainDrafts(CandidateGenerator):
+class CertainDrafts(Drafter):
     """Drafts of as many candidates as each row happens to have, all of them certain: there are no logits, no states.
 
     Args:
         model (`PreTrainedModel`): the target.
     """
 
-    states, reads_target_states, target_layers = None, False, []
-
     def __init__(self, model: PreTrainedModel):
         self.vocab_size = vocab_size(model)
-        #: How many candidates of each row are real; the others are padding.
-        self.lengths: list[int] = []
 
     def drafts(self, rows: list[torch.LongTensor], max_candidates: int) -> list[list[int]]:
         """At most `max_candidates` tokens behind each row, whose padding is left out."""
@@ -42,7 +38,7 @@ class CertainDrafts(CandidateGenerator):
         max_candidates: int = 10,
         process: Callable[..., torch.Tensor] | None = None,
     ) -> tuple[torch.LongTensor, None]:
-        """As [`JudgeCandidateGenerator.get_candidates`]. A row's draft ends before what `process` forbids."""
+        """As [`Drafter.get_candidates`]. A row's draft ends before what `process` forbids."""
         rows = list(input_ids)
         if attention_mask is not None:
             rows = [row[mask.bool()] for row, mask in zip(rows, attention_mask)]
@@ -55,17 +51,6 @@ class CertainDrafts(CandidateGenerator):
             is_forbidden = logits.gather(1, padded[:, i : i + 1]).isinf()[:, 0].tolist()
             self.lengths = [min(n, i) if forbidden else n for n, forbidden in zip(self.lengths, is_forbidden)]
         return torch.cat([input_ids, padded], dim=1), None
-
-    def rewind(
-        self,
-        num_committed: Sequence[int],
-        target_states: torch.Tensor | None,
-        target_layers: Sequence[torch.Tensor] | None,
-    ) -> None:
-        """Nothing to forget: each draft begins with the whole rows."""
-
-    def shrink(self, rows: Sequence[int], unneeded: int) -> None:
-        """Nothing to drop."""
 
 
 class PromptLookup(CertainDrafts):

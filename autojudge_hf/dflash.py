@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from transformers.cache_utils import DFlashCache
-from transformers.generation import CandidateGenerator
 
 from .caches import growing, num_cached, rewind, shrink
+from .drafter import Drafter
 from .forward import positions_of
 from .model_properties import CACHE_NAME, input_device
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class DFlashCandidateGenerator(CandidateGenerator):
+class DFlashCandidateGenerator(Drafter):
     """Fills in the tokens behind the newest one, all at once (arXiv 2602.06036).
 
     What the assistant knows of the text are keys and values that it makes of the target's states, and it has neither
@@ -33,7 +33,7 @@ class DFlashCandidateGenerator(CandidateGenerator):
         output_logits (`bool`, *optional*, defaults to `False`): whether to return the logits of a greedy draft, too.
     """
 
-    states, lengths, reads_target_states = None, None, False
+    drafts_at_once = True
 
     def __init__(
         self,
@@ -49,7 +49,6 @@ class DFlashCandidateGenerator(CandidateGenerator):
         self.block_size, self.mask_token_id = config.block_size, config.mask_token_id
         self.num_assistant_tokens = min(num_assistant_tokens, self.block_size - 1)
         self.do_sample, self.output_logits = do_sample, output_logits or do_sample
-        #: Which of the target's hidden states are read; the first are the embeddings.
         self.target_layers = [i + 1 for i in config.target_layer_ids]
         self.cache = growing(DFlashCache(config=config))
         #: The target's states of what was committed last, of all layers that are read: shape `(b, n, layers * h)`.
@@ -64,7 +63,7 @@ class DFlashCandidateGenerator(CandidateGenerator):
         max_candidates: int | None = None,
         process: Callable[[torch.LongTensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> tuple[torch.LongTensor, torch.Tensor | None]:
-        """As [`JudgeCandidateGenerator.get_candidates`]."""
+        """As [`Drafter.get_candidates`]."""
         length = self.num_assistant_tokens
         self._num_drafted = length if max_candidates is None else min(length, max_candidates)
         if self._num_drafted == 0:
@@ -92,7 +91,7 @@ class DFlashCandidateGenerator(CandidateGenerator):
         """
         new = torch.cat([target_layers[i] for i in self.target_layers], dim=-1)
         context = new if self._context is None else torch.cat([self._context, new], dim=1)
-        # The states behind the last verified token are the newest's, which isn't verified yet.
+        # The target has read what was the newest token and all candidates; those that weren't committed are the last.
         dropped = [self._num_drafted + 1 - n for n in num_committed]
         context = context[:, : context.shape[1] - min(dropped)]
         if max(dropped) > min(dropped):
@@ -101,12 +100,8 @@ class DFlashCandidateGenerator(CandidateGenerator):
         rewind(self.cache, [max(num_committed) - n for n in num_committed])
 
     def shrink(self, rows: Sequence[int], unneeded: int) -> None:
-        """Keeps some rows of the batch, and drops the first `unneeded` columns."""
         self._context = self._context[list(rows)]
         shrink(self.cache, rows, num_cached(self.cache) - unneeded)
-
-    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
-        """Nothing to learn: the loop passes each cycle's draft length to `get_candidates`."""
 
     def _logits(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Of the tokens behind the newest, shape `(b, k, v)`."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ def cached_forward(
     attention_mask: torch.Tensor | None = None,
     num_logits: int = 1,
     head: HeadInputs | None = None,
-    output_hidden_states: bool | list[int] = False,
+    output_hidden_states: bool | Sequence[int] = False,
 ) -> Pass:
     """Runs `tokens` through `model` behind what `cache` holds, which then holds them too.
 
@@ -49,7 +50,7 @@ def cached_forward(
         attention_mask (`torch.LongTensor` of shape `(b, prefix + n)`, *optional*): 0 at padding. `None`: no padding.
         num_logits (`int`): how many last positions get logits and states; not every model can skip the others.
         head ([`HeadInputs`], *optional*): of `model`, to return the last hidden states.
-        output_hidden_states (`bool` or `list[int]`): whether to return those of all layers, or of which.
+        output_hidden_states (`bool` or `Sequence[int]`): whether to return those of all layers, or of which.
 
     Returns:
         [`Pass`]; behind a [`FixedCache`] of tensors of its own, else of inference tensors (on small models that is a

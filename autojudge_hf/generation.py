@@ -48,9 +48,9 @@ if TYPE_CHECKING:
         StoppingCriteriaList,
     )
     from transformers.cache_utils import Cache
-    from transformers.generation import CandidateGenerator
     from transformers.generation.streamers import BaseStreamer
 
+    from .drafter import Drafter
     from .modeling import Judge
 
 
@@ -68,7 +68,7 @@ def judge_decoding(
     tokenizer: PreTrainedTokenizerBase | None = None,
     assistant_tokenizer: PreTrainedTokenizerBase | None = None,
     streamer: BaseStreamer | None = None,
-    candidate_generator: JudgeCandidateGenerator | None = None,
+    candidate_generator: Drafter | None = None,
     **model_kwargs: Any,
 ) -> JudgeDecoderOnlyOutput | torch.LongTensor:
     """Assisted decoding that keeps harmless mismatches; lossless with `judge=None`.
@@ -93,7 +93,7 @@ def judge_decoding(
         tokenizer, assistant_tokenizer (`PreTrainedTokenizerBase`, *optional*): of the target, and of an assistant
             whose own is another one; [`OtherTokenizer`] drafts with it.
         streamer (`BaseStreamer`, *optional*): gets each cycle's tokens; for a single prompt.
-        candidate_generator ([`JudgeCandidateGenerator`], *optional*): drafts in the assistant's place.
+        candidate_generator ([`Drafter`], *optional*): drafts in the assistant's place.
         model_kwargs: what `generate` prepared for the forward: cache, attention mask.
 
     Returns:
@@ -182,7 +182,7 @@ def judge_decoding(
                 attention_mask,
                 num_logits=k + 1,
                 head=target_head if k > 0 or drafter.reads_target_states else None,
-                output_hidden_states=kept.hidden_states is not None or drafter.target_layers,
+                output_hidden_states=kept.hidden_states is not None or drafter.target_layers or False,
             )
             logits = outputs.logits[:, -k - 1 :].to(input_ids.device, torch.float32)
             states = None if outputs.states is None else outputs.states[:, -k - 1 :]
@@ -214,11 +214,12 @@ def judge_decoding(
             rewind(cache, [k + 1 - len(block) for block in blocks])
             drafter.rewind([len(block) for block in blocks], states, outputs.hidden_states)
             columns = rows.input_ids.shape[1] + max(map(len, blocks))
+            split = started if drafter.drafts_at_once else drafted
             draft_length.update(
                 [outcome.num_candidates for outcome in outcomes],
                 [len(outcome.judged) for outcome in outcomes],
-                drafted - started,
-                verified - drafted,
+                split - started,
+                verified - split,
             )
             unfinished = rows.commit(blocks, finished)
             if unfinished and len(input_ids) > 1:
@@ -251,7 +252,7 @@ def _drafter(
     eos_token_ids: set[int],
     cache: Cache,
     assistant_cache: Cache | None,
-) -> CandidateGenerator:
+) -> Drafter:
     """Where candidates come from, by what there is to draft with."""
     if assistant_model is None:
         return PromptLookup(model, generation_config)

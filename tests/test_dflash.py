@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from autojudge_hf import AutoJudge, JudgeConfig, judge_decoding, mine_mismatches
 from autojudge_hf.dflash import DFlashCandidateGenerator
+from autojudge_hf.draft_length import AdaptiveDraftLength
 from autojudge_hf.model_properties import CACHE_NAME
 from autojudge_hf.tasks import GSM8K
 
@@ -159,6 +160,16 @@ def test_the_same_as_stock(pair, top_k, more):
     if "output_hidden_states" in more:
         for ours, its in zip(got.hidden_states, expected.hidden_states, strict=True):
             torch.testing.assert_close(ours, its, rtol=1e-4, atol=1e-4)
+
+
+def test_a_block_costs_the_same_whatever_its_length(pair, top_k, monkeypatch):
+    """So an adaptive length is told of no draft, only of cycles."""
+    target, assistant = pair
+    told = []
+    monkeypatch.setattr(AdaptiveDraftLength, "update", lambda self, *args: told.append(args))
+    options = {**OPTIONS, "assistant_model": assistant, "judge": top_k, "num_assistant_tokens": "adaptive"}
+    target.generate(torch.tensor(PROMPTS[:1]), **options)
+    assert all(draft == 0.0 < verify for *_, draft, verify in told[1:]) and len(told) > 2
 
 
 def test_without_a_judge(pair):

@@ -34,6 +34,7 @@ ORDER = [
     "checks",
     "supported",
     "judging",
+    "drafter",
     "candidate_generator",
     "shared_cache",
     "dflash",
