@@ -83,7 +83,7 @@ def _fixed_forward(
     attention_mask: torch.Tensor | None,
     num_logits: int,
     output_states: bool,
-    output_hidden_states: bool,
+    output_hidden_states: bool | Sequence[int],
 ) -> Pass:
     """`cached_forward` in one of the shapes that the cache knows, padded behind rows and tokens.
 
@@ -102,7 +102,7 @@ def _fixed_forward(
     inputs |= {"attention_mask": cache.mask, **{name: ids.clone() for name, ids in positions.items()}}
     # Hooks would be compiled in. The last of these states is what the head reads: see `head_reads_last_states`. That
     # asking, or the prefill, has installed what collects them, which can't be compiled.
-    layers = output_states or output_hidden_states
+    layers = bool(output_states or output_hidden_states)
     outputs = (model if is_prefill else cache.forward)(**inputs, output_hidden_states=layers, return_dict=True)
     cache.length += n
 
@@ -111,7 +111,10 @@ def _fixed_forward(
         return x[..., :rows, : x.shape[-2] - (width - n), :].clone()
 
     states = own(outputs.hidden_states[-1]) if output_states else None
-    hidden_states = tuple(map(own, outputs.hidden_states)) if output_hidden_states else None
+    hidden_states = None
+    if output_hidden_states:
+        wanted = range(len(outputs.hidden_states)) if output_hidden_states is True else output_hidden_states
+        hidden_states = tuple(own(x) if i in wanted else None for i, x in enumerate(outputs.hidden_states))
     return Pass(own(outputs.logits), states, hidden_states)
 
 

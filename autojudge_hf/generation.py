@@ -112,7 +112,8 @@ def judge_decoding(
     threshold = checked_judge(judge, judge_threshold, model, assistant_model, generation_config, has_other_tokenizer)
     tokenizers = (tokenizer, assistant_tokenizer) if has_other_tokenizer else None
     # Those that read the target's tokens.
-    readers = [model] if assistant_model is None or has_other_tokenizer else [model, assistant_model]
+    is_reader = assistant_model is not None and not has_other_tokenizer and not reads_targets_layers(assistant_model)
+    readers = [model, assistant_model] if is_reader else [model]
 
     device = input_device(model)  # looked up once: it takes longer than moving a tensor to where it is
     judging = Judging(judge, threshold, input_ids.device)

@@ -91,7 +91,6 @@ def check_supported(
     told = _told_by_peft(model)
     shares_cache = assistant_model is not None and reads_targets_cache(assistant_model)
     reads_layers = assistant_model is not None and reads_targets_layers(assistant_model)
-    reads_target = shares_cache or reads_layers
     reasons = {
         **_reasons_of_models(models),
         "prompts padded on the right or within (set `padding_side='left'`)": is_padded_behind,
@@ -113,10 +112,9 @@ def check_supported(
         f"the cache's {', '.join(layers)}": bool(layers),
         "offloaded caches": bool(getattr(cache, "offloading", False)),
         "`cache_implementation='static'` with `assistant_early_exit`": is_static and bool(config.assistant_early_exit),
-        "`cache_implementation='static'` with an assistant that reads the target's cache or states": is_static
-        and reads_target,
+        "`cache_implementation='static'` with an assistant that reads the target's cache": is_static and shares_cache,
         "an assistant that reads the target's cache or states, and another `assistant_tokenizer`": has_other_tokenizer
-        and reads_target,
+        and (shares_cache or reads_layers),
         "a cache of an earlier call with an assistant that reads the target's states (DFlash)": reads_layers
         and type(cache) is DynamicCache
         and cache.get_seq_length() > 0,

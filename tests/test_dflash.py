@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from autojudge_hf import AutoJudge, JudgeConfig, judge_decoding, mine_mismatches
 from autojudge_hf.dflash import DFlashCandidateGenerator
 from autojudge_hf.draft_length import AdaptiveDraftLength
+from autojudge_hf.fixed_cache import FixedCache
 from autojudge_hf.model_properties import CACHE_NAME
 from autojudge_hf.tasks import GSM8K
 
@@ -131,8 +132,9 @@ def test_drafts_are_those_of_stock(pair, top_k, num_rows, monkeypatch):
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}])
 @pytest.mark.parametrize("num_assistant_tokens", [None, 1, 3, "adaptive"])
-def test_lossless(pair, top_k, num_assistant_tokens, num_rows):
+def test_lossless(pair, top_k, num_assistant_tokens, cache, num_rows):
     target, assistant = pair
     output = target.generate(
         **left_padded(PROMPTS[:num_rows]),
@@ -141,19 +143,23 @@ def test_lossless(pair, top_k, num_assistant_tokens, num_rows):
         judge_threshold=0.0,
         num_assistant_tokens=num_assistant_tokens,
         return_dict_in_generate=True,
+        **cache,
         **OPTIONS,
     )
+    if num_rows == 1:
+        assert isinstance(output[CACHE_NAME], FixedCache) == bool(cache)
     for row, prompt in zip(output.sequences, PROMPTS):
         expected = reference.greedy(target, prompt, OPTIONS["max_new_tokens"], ())
         assert row[-OPTIONS["max_new_tokens"] :].tolist() == expected[len(prompt) :]
     assert 0 < output.num_matches.sum() < output.num_candidates.sum()
 
 
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}])
 @pytest.mark.parametrize("more", [{"repetition_penalty": 1.3}, {"output_hidden_states": True}])
-def test_the_same_as_stock(pair, top_k, more):
+def test_the_same_as_stock(pair, top_k, more, cache):
     target, assistant = pair
     options = {**OPTIONS, "assistant_model": assistant, "speculation_type": "dflash", "return_dict_in_generate": True}
-    got = target.generate(torch.tensor(PROMPTS[:1]), judge=top_k, judge_threshold=0.0, **options, **more)
+    got = target.generate(torch.tensor(PROMPTS[:1]), judge=top_k, judge_threshold=0.0, **options, **more, **cache)
     options = {**OPTIONS, "return_dict_in_generate": True}
     expected = target.generate(torch.tensor(PROMPTS[:1]), **options, **more)
     assert torch.equal(got.sequences, expected.sequences)
@@ -236,7 +242,6 @@ def test_a_judge_may_read_what_the_assistant_thought(pair):
 @pytest.mark.parametrize(
     ("others", "message"),
     [
-        ({"cache_implementation": "static"}, "'static'` with an assistant that reads the target's cache or states"),
         ({"judge": JudgeConfig(assistant_hidden_size=32)}, "of size 32, and MuseGlimmerAssistantModel has none"),
         ({"num_assistant_tokens": BLOCK}, "at most 5 for a MuseGlimmerAssistantModel, .* got 6"),
         ({"assistant_model": {"hidden_size": 48}}, "states of size 48, .* got LlamaForCausalLM with 32"),

@@ -226,7 +226,7 @@ def test_a_judge_may_read_what_the_assistant_thought(pair):
 @pytest.mark.parametrize(
     ("others", "message"),
     [
-        ({"cache_implementation": "static"}, "'static'` with an assistant that reads the target's cache or states"),
+        ({"cache_implementation": "static"}, "'static'` with an assistant that reads the target's cache"),
         ({"judge": JudgeConfig(assistant_hidden_size=32)}, "of size 32, and Gemma4AssistantForCausalLM has none"),
         ({"assistant_model": 48}, "expected a target of the Gemma 4 family with states of size 48, got .* with 32"),
     ],
