@@ -54,6 +54,7 @@ class DFlashCandidateGenerator(Drafter):
         #: The target's states of what was committed last, of all layers that are read: shape `(b, n, layers * h)`.
         self._context: torch.Tensor | None = None
         self._num_drafted = 0
+        self._device = input_device(assistant_model)
 
     @torch.inference_mode()
     def get_candidates(
@@ -89,7 +90,8 @@ class DFlashCandidateGenerator(Drafter):
         Rows stay aligned at their ends: one that went on by less than another will have some of its states, and so
         keys and values, made anew.
         """
-        new = torch.cat([target_layers[i] for i in self.target_layers], dim=-1)
+        # Layers may be on different devices.
+        new = torch.cat([target_layers[i].to(self._device) for i in self.target_layers], dim=-1)
         context = new if self._context is None else torch.cat([self._context, new], dim=1)
         # The target has read what was the newest token and all candidates; those that weren't committed are the last.
         dropped = [self._num_drafted + 1 - n for n in num_committed]
@@ -105,16 +107,16 @@ class DFlashCandidateGenerator(Drafter):
 
     def _logits(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Of the tokens behind the newest, shape `(b, k, v)`."""
-        device, cached = input_device(self.assistant_model), num_cached(self.cache)
+        cached = num_cached(self.cache)
         noise_ids = input_ids.new_full((len(input_ids), self.block_size), self.mask_token_id)
         noise_ids[:, 0] = input_ids[:, -1]
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        mask = torch.nn.functional.pad(mask, (0, self.block_size - 1), value=1).to(device)
+        mask = torch.nn.functional.pad(mask, (0, self.block_size - 1), value=1).to(self._device)
         num_new = input_ids.shape[1] - 1 - cached
         self.cache.set_previous_accepted_tokens(num_new)
         outputs = self.assistant_model(
-            noise_embeds=self._embedded(noise_ids.to(input_device(self.target_model))).to(device),
-            context_hidden_states=self._context[:, -num_new:].to(device),
+            noise_embeds=self._embedded(noise_ids.to(input_device(self.target_model))).to(self._device),
+            context_hidden_states=self._context[:, -num_new:],
             position_ids=positions_of(mask)[:, cached:],
             attention_mask=None if attention_mask is None else mask,
             **{CACHE_NAME: self.cache},
