@@ -29,17 +29,12 @@ def rewindable_cache(model: PreTrainedModel) -> DynamicCache:
     Raises:
         ValueError: for a model with layers that can't take tokens back (convolutions, recurrences).
     """
-    cache = growing(DynamicCache(config=model.config.get_text_config(decoder=True)))
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in cache.layers]
     if other := other_layers(cache):
         raise ValueError(
             f"{type(model).__name__} can't take tokens back: expected attention layers only, its cache has {other}."
         )
-    return cache
-
-
-def growing(cache: DynamicCache) -> DynamicCache:
-    """An empty cache whose layers forget nothing."""
-    cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in cache.layers]
     return cache
 
 

@@ -24,13 +24,12 @@ if TYPE_CHECKING:
 class JudgeCandidateGenerator(Drafter):
     """Drafts candidates with a smaller model, on its own cache.
 
-    Unlike the stock generator it doesn't call `generate` for every draft, it obeys `num_assistant_tokens` exactly,
+    Unlike the stock generator it doesn't call `generate` for every draft, it drafts as many as it is told,
     and it drafts for several rows at once; of the assistant's generation config it reads nothing else.
 
     Args:
         assistant_model (`PreTrainedModel`): the drafter.
         target_model (`PreTrainedModel`): whose vocabulary the candidates keep to.
-        num_assistant_tokens (`int`): candidates per cycle.
         do_sample (`bool`): whether to draw the candidates rather than take the best.
         eos_token_ids (`set[int]`): the target's. A draft ends when every row has one, unless the cache is a
             [`FixedCache`]: there the host doesn't wait to see.
@@ -44,7 +43,6 @@ class JudgeCandidateGenerator(Drafter):
         self,
         assistant_model: PreTrainedModel,
         target_model: PreTrainedModel,
-        num_assistant_tokens: int,
         *,
         do_sample: bool,
         eos_token_ids: set[int],
@@ -53,7 +51,6 @@ class JudgeCandidateGenerator(Drafter):
         cache: Cache | None = None,
     ):
         self.assistant_model = assistant_model
-        self.num_assistant_tokens = num_assistant_tokens
         self.do_sample = do_sample
         self.eos_token_ids = eos_token_ids
         self.head = head
@@ -66,26 +63,23 @@ class JudgeCandidateGenerator(Drafter):
     def get_candidates(
         self,
         input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        max_candidates: int | None = None,
+        attention_mask: torch.Tensor | None,
+        max_candidates: int,
         process: Callable[[torch.LongTensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> tuple[torch.LongTensor, torch.Tensor | None]:
         """As [`Drafter.get_candidates`]."""
         self._length = input_ids.shape[1]
-        length = self.num_assistant_tokens
-        if max_candidates is not None:
-            length = min(length, max_candidates)
         drafted, logits, states = [input_ids[:, :0]], [], []
         tokens = input_ids[:, num_cached(self.cache) :]
         is_plain = process is None and not self.output_logits and self.head is None
-        if isinstance(self.cache, FixedCache) and is_plain and length > 0:
+        if isinstance(self.cache, FixedCache) and is_plain and max_candidates > 0:
             size = min(self.vocab_size, self.target_vocab_size)
             candidate_ids = fixed_draft(
-                self.assistant_model, self._known(tokens), self.cache, attention_mask, length, size
+                self.assistant_model, self._known(tokens), self.cache, attention_mask, max_candidates, size
             )
             return torch.cat([input_ids, candidate_ids.to(input_ids.device)], dim=1), None
         unfinished = set(range(len(input_ids)))
-        for _ in range(length):
+        for _ in range(max_candidates):
             outputs = self._forward(tokens, attention_mask)
             next_logits = of_vocabulary(outputs.logits[:, -1:], self.target_vocab_size)
             next_logits = next_logits.to(input_ids.device, torch.float32)
@@ -148,30 +142,32 @@ class FormerResponses(JudgeCandidateGenerator):
 
     Args:
         former (`list[list[int]]`): prompt and former response of each row, or nothing.
+        num_assistant_tokens (`int`): limit of the assistant's drafts alone.
         args, kwargs: of [`JudgeCandidateGenerator`].
     """
 
     #: Tokens that must agree, tried in this order.
     CONTEXTS = (6, 3, 2)
 
-    def __init__(self, former: list[list[int]], *args: Any, **kwargs: Any):
+    def __init__(self, former: list[list[int]], num_assistant_tokens: int, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.former = former
+        self.former, self.num_assistant_tokens = former, num_assistant_tokens
 
     def get_candidates(
         self,
         input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        max_candidates: int | None = None,
+        attention_mask: torch.Tensor | None,
+        max_candidates: int,
         process: Callable[[torch.LongTensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> tuple[torch.LongTensor, torch.Tensor | None]:
-        """As [`JudgeCandidateGenerator.get_candidates`]; `num_assistant_tokens` limits the assistant's drafts only."""
+        """As [`Drafter.get_candidates`]."""
         newest = input_ids[:, -max(self.CONTEXTS) :].tolist()
         lengths = [input_ids.shape[1]] if attention_mask is None else attention_mask.sum(dim=1).tolist()
         drafts = [self._followers(*row) for row in zip(self.former, newest, lengths)]
         length = min(map(len, drafts))
         if length == 0:
-            return super().get_candidates(input_ids, attention_mask, max_candidates, process)
+            length = min(self.num_assistant_tokens, max_candidates)
+            return super().get_candidates(input_ids, attention_mask, length, process)
         self._length = input_ids.shape[1]
         candidate_ids = input_ids.new_tensor([draft[:length] for draft in drafts])[:, :max_candidates]
         return torch.cat([input_ids, candidate_ids], dim=1), None

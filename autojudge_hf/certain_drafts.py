@@ -34,8 +34,8 @@ class CertainDrafts(Drafter):
     def get_candidates(
         self,
         input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        max_candidates: int = 10,
+        attention_mask: torch.Tensor | None,
+        max_candidates: int,
         process: Callable[..., torch.Tensor] | None = None,
     ) -> tuple[torch.LongTensor, None]:
         """As [`Drafter.get_candidates`]. A row's draft ends before what `process` forbids."""

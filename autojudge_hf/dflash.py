@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.cache_utils import DFlashCache
 
-from .caches import growing, num_cached, rewind, shrink
+from .caches import num_cached, rewind, shrink
 from .drafter import Drafter
 from .forward import positions_of
 from .model_properties import CACHE_NAME, input_device
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class DFlashCandidateGenerator(Drafter):
-    """Fills in the tokens behind the newest one, all at once (arXiv 2602.06036).
+    """Fills in the tokens behind the newest one, all at once, and one less than a block (arXiv 2602.06036).
 
     What the assistant knows of the text are keys and values that it makes of the target's states, and it has neither
     embeddings nor a head of its own: these are the target's.
@@ -28,9 +28,8 @@ class DFlashCandidateGenerator(Drafter):
     Args:
         assistant_model (`PreTrainedModel`): the drafter.
         target_model (`PreTrainedModel`): whose embeddings and head it uses.
-        num_assistant_tokens (`int`): candidates per cycle, one less than the assistant's block at most.
         do_sample (`bool`): whether to draw the candidates rather than take the best.
-        output_logits (`bool`, *optional*, defaults to `False`): whether to return the logits of a greedy draft, too.
+        output_logits (`bool`): whether to return the logits of a greedy draft, too.
     """
 
     drafts_at_once = True
@@ -39,18 +38,16 @@ class DFlashCandidateGenerator(Drafter):
         self,
         assistant_model: PreTrainedModel,
         target_model: PreTrainedModel,
-        num_assistant_tokens: int,
         *,
         do_sample: bool,
-        output_logits: bool = False,
+        output_logits: bool,
     ):
         config = assistant_model.config
         self.assistant_model, self.target_model = assistant_model, target_model
         self.block_size, self.mask_token_id = config.block_size, config.mask_token_id
-        self.num_assistant_tokens = min(num_assistant_tokens, self.block_size - 1)
         self.do_sample, self.output_logits = do_sample, output_logits or do_sample
         self.target_layers = [i + 1 for i in config.target_layer_ids]
-        self.cache = growing(DFlashCache(config=config))
+        self.cache = DFlashCache()  # without a config, its layers forget nothing
         #: The target's states of what was committed last, of all layers that are read: shape `(b, n, layers * h)`.
         self._context: torch.Tensor | None = None
         self._num_drafted = 0
@@ -60,13 +57,12 @@ class DFlashCandidateGenerator(Drafter):
     def get_candidates(
         self,
         input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        max_candidates: int | None = None,
+        attention_mask: torch.Tensor | None,
+        max_candidates: int,
         process: Callable[[torch.LongTensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> tuple[torch.LongTensor, torch.Tensor | None]:
         """As [`Drafter.get_candidates`]."""
-        length = self.num_assistant_tokens
-        self._num_drafted = length if max_candidates is None else min(length, max_candidates)
+        self._num_drafted = min(max_candidates, self.block_size - 1)
         if self._num_drafted == 0:
             return input_ids, None
         logits = self._logits(input_ids, attention_mask).to(input_ids.device, torch.float32)

@@ -145,7 +145,6 @@ def judge_decoding(
             model,
             assistant_model,
             tokenizers,
-            draft_length.longest,
             generation_config,
             judging,
             stop.eos_token_ids,
@@ -247,7 +246,6 @@ def _drafter(
     model: PreTrainedModel,
     assistant_model: PreTrainedModel | None,
     tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None,
-    num_assistant_tokens: int,
     generation_config: GenerationConfig,
     judging: Judging,
     eos_token_ids: set[int],
@@ -257,7 +255,7 @@ def _drafter(
     """Where candidates come from, by what there is to draft with."""
     if assistant_model is None:
         return PromptLookup(model, generation_config)
-    pair = assistant_model, model, num_assistant_tokens
+    pair = assistant_model, model
     if tokenizers is not None:
         return OtherTokenizer(*pair, *tokenizers)
     options = {"do_sample": generation_config.do_sample, "output_logits": judging.reads_assistant_logits}

@@ -55,7 +55,6 @@ class OtherTokenizer(CertainDrafts):
     Args:
         assistant_model (`PreTrainedModel`): the drafter.
         model (`PreTrainedModel`): the target.
-        num_assistant_tokens (`int`): of the assistant's tokens, and at most so many of the target's.
         tokenizer, assistant_tokenizer (`PreTrainedTokenizerBase`): of the target, and of the assistant.
 
     Raises:
@@ -71,7 +70,6 @@ class OtherTokenizer(CertainDrafts):
         self,
         assistant_model: PreTrainedModel,
         model: PreTrainedModel,
-        num_assistant_tokens: int,
         tokenizer: PreTrainedTokenizerBase,
         assistant_tokenizer: PreTrainedTokenizerBase,
     ):
@@ -85,9 +83,7 @@ class OtherTokenizer(CertainDrafts):
                 )
         self.assistant_tokenizer = assistant_tokenizer
         eos = eos_token_ids(assistant_model)
-        self.assistant = JudgeCandidateGenerator(
-            assistant_model, assistant_model, num_assistant_tokens, do_sample=False, eos_token_ids=eos
-        )
+        self.assistant = JudgeCandidateGenerator(assistant_model, assistant_model, do_sample=False, eos_token_ids=eos)
         self.rows: list[_Row] = []
         self._to_assistant = _Translation(tokenizer, assistant_tokenizer)
         self._to_target = _Translation(assistant_tokenizer, tokenizer)

@@ -194,9 +194,9 @@ class SemiGreedySearch:
             criteria.append(EosTokenCriteria(eos_token_id=sorted(self.eos_token_ids)))
         drafter = FormerResponses(
             [s.sequence or [] for s in unfinished],
+            self.num_assistant_tokens,
             self.assistant_model,
             self.model,
-            self.num_assistant_tokens,
             do_sample=False,
             eos_token_ids=self.eos_token_ids,
             cache=self._assistant.batch(trials, num_last=1)[2],

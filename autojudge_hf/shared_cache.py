@@ -25,7 +25,7 @@ class SharedCacheCandidateGenerator(JudgeCandidateGenerator):
     hands to the next is the assistant's hidden state. The assistant is trained for that, and needs no prefill.
 
     Args:
-        assistant_model, target_model, num_assistant_tokens, kwargs: of [`JudgeCandidateGenerator`].
+        assistant_model, target_model, kwargs: of [`JudgeCandidateGenerator`].
         cache (`Cache`): the target's, from which the loop takes tokens back.
     """
 
@@ -35,12 +35,11 @@ class SharedCacheCandidateGenerator(JudgeCandidateGenerator):
         self,
         assistant_model: PreTrainedModel,
         target_model: PreTrainedModel,
-        num_assistant_tokens: int,
         *,
         cache: Cache,
         **kwargs: Any,
     ):
-        super().__init__(assistant_model, target_model, num_assistant_tokens, cache=cache, **kwargs)
+        super().__init__(assistant_model, target_model, cache=cache, **kwargs)
         config = target_model.config.get_text_config(decoder=True)
         own = config.layer_types[: config.num_hidden_layers - config.num_kv_shared_layers]
         # The last layer of each kind that has keys and values of its own.

@@ -15,6 +15,7 @@ from transformers import (
     MuseGlimmerAssistantModel,
     MuseGlimmerConfig,
     MuseGlimmerForConditionalGeneration,
+    RepetitionPenaltyLogitsProcessor,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -80,7 +81,7 @@ def pair(request):
     return (random_llama(0, 16) if request.param == "llama" else glimmer()), assistant_of()
 
 
-def stock_draft(model, assistant, tokens):
+def stock_draft(model, assistant, tokens, penalty):
     """What transformers' own generator drafts behind a text, from one forward over all of it."""
     text = torch.tensor([tokens])
     outputs = model(text[:, :-1], output_hidden_states=True)
@@ -88,7 +89,7 @@ def stock_draft(model, assistant, tokens):
         generation_config=GenerationConfig(max_length=500, speculation_type="dflash"),
         input_ids=text,
         inputs_tensor=text,
-        logits_processor=LogitsProcessorList(),
+        logits_processor=LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)]),
         model_kwargs={},
         assistant_model=assistant,
     )
@@ -102,8 +103,16 @@ def stock_draft(model, assistant, tokens):
     return drafted[0, len(tokens) :].tolist()
 
 
-@pytest.mark.parametrize("num_rows", [1, 3])
-def test_drafts_are_those_of_stock(pair, top_k, num_rows, monkeypatch):
+@pytest.mark.parametrize(
+    ("num_rows", "more", "penalty"),
+    [
+        (1, {}, 1.0),
+        (3, {}, 1.0),
+        (3, {"num_assistant_tokens": "adaptive"}, 1.0),
+        (1, {"repetition_penalty": 1.5}, 1.5),
+    ],
+)
+def test_drafts_are_those_of_stock(pair, top_k, num_rows, more, penalty, monkeypatch):
     """At every cycle, within the window and beyond it, behind rejected candidates and accepted ones."""
     target, assistant = pair
     drafts, get_candidates = [], DFlashCandidateGenerator.get_candidates
@@ -122,13 +131,14 @@ def test_drafts_are_those_of_stock(pair, top_k, num_rows, monkeypatch):
         judge=top_k,
         judge_threshold=0.9,
         return_dict_in_generate=True,
+        **more,
         **OPTIONS,
     )
     assert output.num_judge_accepted.sum() > 0 and output.num_judge_rejected.sum() > 0
     assert len({len(text) for text, _ in drafts}) > 5 and max(len(text) for text, _ in drafts) > 3 * WINDOW
     assert max(len(candidates) for _, candidates in drafts) == BLOCK - 1
     for text, candidates in drafts:
-        assert candidates == stock_draft(target, assistant, text)[: len(candidates)]
+        assert candidates == stock_draft(target, assistant, text, penalty)[: len(candidates)]
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])

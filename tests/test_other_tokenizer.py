@@ -132,7 +132,7 @@ def test_a_draft_is_the_targets_own_tokens(target, draft, tokenizer, test_proble
     drafted = matched = 0
     for text in (*texts[:3], texts[-1]):
         tokens = ours.encode(text, add_special_tokens=False)
-        drafter = OtherTokenizer(draft, target, 12, ours, others)
+        drafter = OtherTokenizer(draft, target, ours, others)
         drafter.assistant = Parrot(draft, others, text)
         for i in range(4, len(tokens)):
             (candidates,) = drafter.drafts([torch.tensor(tokens[:i])], 12)
@@ -152,7 +152,7 @@ def test_a_cache_changes_no_draft(target, tokenizer, test_problems, num_rows):
     """Rows that grow, are cut in another way as they grow, and end at different times, against drafts from scratch."""
     assistant_tokenizer = of_bytes()
     assistant = random_llama(7, len(assistant_tokenizer), max_position_embeddings=4096)
-    make = functools.partial(OtherTokenizer, assistant, target, 9, tokenizer, assistant_tokenizer)
+    make = functools.partial(OtherTokenizer, assistant, target, tokenizer, assistant_tokenizer)
     # Cut as the target's random text may be: no two tokens are one.
     texts = [
         [
@@ -170,7 +170,7 @@ def test_a_cache_changes_no_draft(target, tokenizer, test_problems, num_rows):
         drafted = sequence[:, given["input_ids"].shape[1] :]
         for row, draft, length in zip(rows, drafted.tolist(), drafter.lengths):
             scratch = make()
-            sequence, _ = scratch.get_candidates(torch.tensor([texts[row][: ends[row]]]), max_candidates=9)
+            sequence, _ = scratch.get_candidates(torch.tensor([texts[row][: ends[row]]]), None, 9)
             assert draft[:length] == sequence[0, ends[row] :].tolist(), (row, ends)
         for row in rows:
             ends[row] += torch.randint(1, 11, (1,), generator=generator).item()
@@ -284,7 +284,7 @@ def test_a_judge_is_measured_with_both(target, draft, tokenizer, others, test_pr
 
 def heard(target, draft, tokenizer, assistant_tokenizer, tokens):
     """What of a row an assistant is told."""
-    drafter = OtherTokenizer(draft, target, 4, tokenizer, assistant_tokenizer)
+    drafter = OtherTokenizer(draft, target, tokenizer, assistant_tokenizer)
     drafter.assistant = Parrot(draft, assistant_tokenizer, "")
     drafter.assistant.get_candidates = lambda input_ids, *_: (input_ids, None)
     drafter.drafts([torch.tensor(tokens)], 4)
