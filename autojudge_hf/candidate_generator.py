@@ -64,22 +64,22 @@ class JudgeCandidateGenerator(Drafter):
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None,
-        max_candidates: int,
+        max_candidates: Sequence[int],
         process: Callable[[torch.LongTensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> tuple[torch.LongTensor, torch.Tensor | None]:
         """As [`Drafter.get_candidates`]."""
-        self._length = input_ids.shape[1]
+        self._length, length = input_ids.shape[1], max(max_candidates)
         drafted, logits, states = [input_ids[:, :0]], [], []
         tokens = input_ids[:, num_cached(self.cache) :]
         is_plain = process is None and not self.output_logits and self.head is None
-        if isinstance(self.cache, FixedCache) and is_plain and max_candidates > 0:
+        if isinstance(self.cache, FixedCache) and is_plain and length > 0:
             size = min(self.vocab_size, self.target_vocab_size)
             candidate_ids = fixed_draft(
-                self.assistant_model, self._known(tokens), self.cache, attention_mask, max_candidates, size
+                self.assistant_model, self._known(tokens), self.cache, attention_mask, length, size
             )
             return torch.cat([input_ids, candidate_ids.to(input_ids.device)], dim=1), None
         unfinished = set(range(len(input_ids)))
-        for _ in range(max_candidates):
+        for _ in range(length):
             outputs = self._forward(tokens, attention_mask)
             next_logits = of_vocabulary(outputs.logits[:, -1:], self.target_vocab_size)
             next_logits = next_logits.to(input_ids.device, torch.float32)
@@ -157,7 +157,7 @@ class FormerResponses(JudgeCandidateGenerator):
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None,
-        max_candidates: int,
+        max_candidates: Sequence[int],
         process: Callable[[torch.LongTensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> tuple[torch.LongTensor, torch.Tensor | None]:
         """As [`Drafter.get_candidates`]."""
@@ -166,10 +166,10 @@ class FormerResponses(JudgeCandidateGenerator):
         drafts = [self._followers(*row) for row in zip(self.former, newest, lengths)]
         length = min(map(len, drafts))
         if length == 0:
-            length = min(self.num_assistant_tokens, max_candidates)
-            return super().get_candidates(input_ids, attention_mask, length, process)
+            limits = [min(self.num_assistant_tokens, n) for n in max_candidates]
+            return super().get_candidates(input_ids, attention_mask, limits, process)
         self._length = input_ids.shape[1]
-        candidate_ids = input_ids.new_tensor([draft[:length] for draft in drafts])[:, :max_candidates]
+        candidate_ids = input_ids.new_tensor([draft[:length] for draft in drafts])[:, : max(max_candidates)]
         return torch.cat([input_ids, candidate_ids], dim=1), None
 
     def shrink(self, rows: Sequence[int], unneeded: int) -> None:

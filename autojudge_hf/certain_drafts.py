@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,15 +27,15 @@ class CertainDrafts(Drafter):
     def __init__(self, model: PreTrainedModel):
         self.vocab_size = vocab_size(model)
 
-    def drafts(self, rows: list[torch.LongTensor], max_candidates: int) -> list[list[int]]:
-        """At most `max_candidates` tokens behind each row, whose padding is left out."""
+    def drafts(self, rows: list[torch.LongTensor], max_candidates: Sequence[int]) -> list[list[int]]:
+        """At most `max_candidates[j]` tokens behind row j, whose padding is left out."""
         raise NotImplementedError
 
     def get_candidates(
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None,
-        max_candidates: int,
+        max_candidates: Sequence[int],
         process: Callable[..., torch.Tensor] | None = None,
     ) -> tuple[torch.LongTensor, None]:
         """As [`Drafter.get_candidates`]. A row's draft ends before what `process` forbids."""
@@ -70,6 +70,9 @@ class PromptLookup(CertainDrafts):
             vocab_size=self.vocab_size,
         )
 
-    def drafts(self, rows: list[torch.LongTensor], max_candidates: int) -> list[list[int]]:
-        self.of_a_row.num_output_tokens = max_candidates
-        return [self.of_a_row.get_candidates(row[None])[0][0, len(row) :].tolist() for row in rows]
+    def drafts(self, rows: list[torch.LongTensor], max_candidates: Sequence[int]) -> list[list[int]]:
+        drafts = []
+        for row, self.of_a_row.num_output_tokens in zip(rows, max_candidates):
+            sequence, _ = self.of_a_row.get_candidates(row[None])
+            drafts.append(sequence[0, len(row) :].tolist())
+        return drafts

@@ -12,7 +12,7 @@ from transformers.cache_utils import DFlashCache
 from .caches import num_cached, rewind, shrink
 from .drafter import Drafter
 from .forward import positions_of
-from .model_properties import CACHE_NAME, input_device
+from .model_properties import CACHE_NAME, behind_head, input_device
 
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ class DFlashCandidateGenerator(Drafter):
         self.do_sample, self.output_logits = do_sample, output_logits or do_sample
         self.target_layers = [i + 1 for i in config.target_layer_ids]
         self.cache = DFlashCache()  # without a config, its layers forget nothing
-        #: The target's states of what was committed last, of all layers that are read: shape `(b, n, layers * h)`.
+        #: The target's states before the newest token, of all layers that are read: those that the cache lacks, and as
+        #: many before as may have to be read again. Shape `(b, n, layers * h)`.
         self._context: torch.Tensor | None = None
         self._num_drafted = 0
         self._device = input_device(assistant_model)
@@ -58,11 +59,11 @@ class DFlashCandidateGenerator(Drafter):
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None,
-        max_candidates: int,
+        max_candidates: Sequence[int],
         process: Callable[[torch.LongTensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> tuple[torch.LongTensor, torch.Tensor | None]:
         """As [`Drafter.get_candidates`]."""
-        self._num_drafted = min(max_candidates, self.block_size - 1)
+        self._num_drafted = min(max(max_candidates), self.block_size - 1)
         if self._num_drafted == 0:
             return input_ids, None
         logits = self._logits(input_ids, attention_mask).to(input_ids.device, torch.float32)
@@ -86,8 +87,9 @@ class DFlashCandidateGenerator(Drafter):
         Rows stay aligned at their ends: one that went on by less than another will have some of its states, and so
         keys and values, made anew.
         """
+        dtype = self.assistant_model.dtype
         # Layers may be on different devices.
-        new = torch.cat([target_layers[i].to(self._device) for i in self.target_layers], dim=-1)
+        new = torch.cat([target_layers[i].to(self._device, dtype) for i in self.target_layers], dim=-1)
         context = new if self._context is None else torch.cat([self._context, new], dim=1)
         # The target has read what was the newest token and all candidates; those that weren't committed are the last.
         dropped = [self._num_drafted + 1 - n for n in num_committed]
@@ -111,7 +113,7 @@ class DFlashCandidateGenerator(Drafter):
         num_new = input_ids.shape[1] - 1 - cached
         self.cache.set_previous_accepted_tokens(num_new)
         outputs = self.assistant_model(
-            noise_embeds=self._embedded(noise_ids.to(input_device(self.target_model))).to(self._device),
+            noise_embeds=self._embedded(noise_ids).to(self._device, self.assistant_model.dtype),
             context_hidden_states=self._context[:, -num_new:],
             position_ids=positions_of(mask)[:, cached:],
             attention_mask=None if attention_mask is None else mask,
@@ -122,11 +124,13 @@ class DFlashCandidateGenerator(Drafter):
         self._context = self._context[:, -self.block_size :].clone()
         states = outputs.last_hidden_state[:, 1 : self._num_drafted + 1]
         head = self.target_model.get_output_embeddings()
-        return head(states.to(head.weight.device))
+        # Of one that is offloaded, hooks bring the weights.
+        device = states.device if head.weight.is_meta else head.weight.device
+        return behind_head(self.target_model, head(states.to(device, self.target_model.dtype)))
 
     def _embedded(self, tokens: torch.LongTensor) -> torch.Tensor:
-        """As the assistant was trained to read them: without the norm that some targets put behind."""
-        embeddings = self.target_model.get_input_embeddings()
+        """As the assistant was trained to read them: without the norm that Muse Glimmer has behind its embeddings."""
+        embeddings, tokens = self.target_model.get_input_embeddings(), tokens.to(input_device(self.target_model))
         if hasattr(embeddings, "embed_norm"):
             return torch.nn.functional.embedding(tokens, embeddings.weight)
         return embeddings(tokens)

@@ -31,7 +31,7 @@ class Drafter(CandidateGenerator):
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None,
-        max_candidates: int,
+        max_candidates: Sequence[int],
         process: Callable[[torch.LongTensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> tuple[torch.LongTensor, torch.Tensor | None]:
         """Drafts after `input_ids`.
@@ -39,7 +39,7 @@ class Drafter(CandidateGenerator):
         Args:
             input_ids (`torch.LongTensor` of shape `(b, n)`): the committed tokens.
             attention_mask (`torch.LongTensor` of shape `(b, n)`, *optional*): 0 at padding.
-            max_candidates (`int`): how many to draft; fewer where there are no more.
+            max_candidates (`Sequence[int]`): how many each row has a use for; fewer where there are no more.
             process (`Callable`, *optional*): the target's logits processors, which the draft follows too: from the
                 candidates so far, `(b, i)`, and their next logits, `(b, 1, v)`, to processed logits.
 

@@ -103,7 +103,7 @@ def judge_decoding(
     Raises:
         ValueError: before any forward, for whatever isn't supported or doesn't fit.
     """
-    has_other_tokenizer = assistant_model is not None and is_other_tokenizer(tokenizer, assistant_tokenizer)
+    has_other_tokenizer = is_other_tokenizer(tokenizer, assistant_tokenizer)
     check_supported(model, assistant_model, has_other_tokenizer, input_ids, generation_config, streamer, model_kwargs)
     num_assistant_tokens = checked_draft_length(num_assistant_tokens, assistant_model, generation_config)
     own_assistant = assistant_model
@@ -165,9 +165,8 @@ def judge_decoding(
                 room = [stop.room(rows, j) - 1 for j in range(len(rows.active))]
                 longest_draft = min(draft_length.value, max(room), max(0, max_length - max(rows.lengths)))
                 process = functools.partial(processors, rows, room) if any(processors.processors) else None
-                sequence, assistant_logits = drafter.get_candidates(
-                    sequence, rows.attention_mask, longest_draft, process
-                )
+                limits = [min(longest_draft, n) for n in room]
+                sequence, assistant_logits = drafter.get_candidates(sequence, rows.attention_mask, limits, process)
             drafted = draft_length.now(device)
             candidate_ids = sequence[:, rows.input_ids.shape[1] :]
             k = candidate_ids.shape[1]

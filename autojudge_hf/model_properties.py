@@ -98,6 +98,16 @@ def hidden_size(model: PreTrainedModel) -> int:
     return getattr(model.get_output_embeddings(), "in_features", width)
 
 
+def behind_head(model: PreTrainedModel, logits: torch.Tensor) -> torch.Tensor:
+    """What a model makes of what its output embeddings give: some scale that, or cap it softly."""
+    config = model.config.get_text_config(decoder=True)
+    for name in ("output_multiplier", "logit_scale"):  # Muse Glimmer, Cohere
+        logits = logits * (getattr(config, name, None) or 1.0)
+    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 def eos_token_ids(model: PreTrainedModel) -> set[int]:
     """The tokens that end a response, as the model's generation config lists them."""
     ids = model.generation_config.eos_token_id

@@ -28,22 +28,28 @@ def is_other_tokenizer(
     """Whether the models have different tokenizers, given the assistant's; without it they have one.
 
     Raises:
-        ValueError: for the assistant's alone.
+        ValueError: for the assistant's alone, and what is no tokenizer.
     """
     if assistant_tokenizer is None:
         return False
-    if tokenizer is None:
-        raise ValueError("`assistant_tokenizer` needs the target's `tokenizer` beside it, got None: pass both.")
+    for name, given in {"tokenizer": tokenizer, "assistant_tokenizer": assistant_tokenizer}.items():
+        if not hasattr(given, "added_tokens_encoder"):
+            raise ValueError(
+                f"Expected a tokenizer of `transformers` as `{name}`, got {type(given).__name__}. An assistant with "
+                "another tokenizer takes both: pass `tokenizer`, the target's, and `assistant_tokenizer`."
+            )
+    if tokenizer is assistant_tokenizer:
+        return False
     return len(tokenizer) != len(assistant_tokenizer) or tokenizer.get_vocab() != assistant_tokenizer.get_vocab()
 
 
 @dataclasses.dataclass
 class _Row:
-    """A row in the assistant's tokens."""
+    """What is known of a row: the first `num_settled` of its tokens are `settled`, in the assistant's."""
 
-    num_settled: int  #: How many of the target's tokens won't be told anew: those of
-    settled: list[int]  #: these.
-    cached: list[int]  #: What the assistant's cache holds.
+    num_settled: int
+    settled: list[int]
+    cached: list[int]  #: What the assistant's cache holds, in its tokens.
 
 
 class OtherTokenizer(CertainDrafts):
@@ -63,8 +69,8 @@ class OtherTokenizer(CertainDrafts):
 
     #: Tokens at the end of a text that are told anew for each draft: they may be cut in another way once it goes on.
     UNSETTLED = 64
-    #: In tokens: so far back somebody else's token surely ends.
-    LONGEST_WORD = 8
+    #: Places tried for the end of what is settled: it shouldn't be within a token of the assistant's.
+    NUM_TRIED = 8
 
     def __init__(
         self,
@@ -88,20 +94,21 @@ class OtherTokenizer(CertainDrafts):
         self._to_assistant = _Translation(tokenizer, assistant_tokenizer)
         self._to_target = _Translation(assistant_tokenizer, tokenizer)
 
-    def drafts(self, rows: list[torch.LongTensor], max_candidates: int) -> list[list[int]]:
+    def drafts(self, rows: list[torch.LongTensor], max_candidates: Sequence[int]) -> list[list[int]]:
         texts = [row.tolist() for row in rows]
         self.rows = self.rows or [self._begun(tokens) for tokens in texts]
         known = [self._known(row, tokens) for row, tokens in zip(self.rows, texts)]
         limit = max_positions(self.assistant.assistant_model) or math.inf
-        length = min(max_candidates, limit - max(map(len, known)))
+        length = min(max(max_candidates), limit - max(map(len, known)))
         if length <= 0:
             return [[] for _ in rows]
         input_ids, attention_mask = self._behind_cached(known)
-        sequence, _ = self.assistant.get_candidates(input_ids, attention_mask, length)
+        sequence, _ = self.assistant.get_candidates(input_ids, attention_mask, [length])
         drafted = sequence[:, input_ids.shape[1] :].tolist()
         for row, tokens, draft in zip(self.rows, known, drafted):
             row.cached = tokens + draft[:-1]  # The last candidate never ran through the assistant.
-        return [self._translated(*of_row)[:max_candidates] for of_row in zip(known, drafted)]
+        # What is behind a row's own limit would change how the rest is cut: it's as if it had been alone.
+        return [self._translated(tokens, draft[:n])[:n] for tokens, draft, n in zip(known, drafted, max_candidates)]
 
     def shrink(self, rows: Sequence[int], unneeded: int) -> None:
         """Keeps some rows of the batch. (The columns to drop are the target's.)"""
@@ -110,34 +117,42 @@ class OtherTokenizer(CertainDrafts):
             self.rows = [self.rows[j] for j in rows]
 
     def _begun(self, tokens: list[int]) -> _Row:
-        usual = self.assistant_tokenizer.encode("")
-        begins_so = self._to_assistant([], tokens[:1]) == usual
-        return _Row(num_settled=0, settled=[] if begins_so else usual, cached=[])
+        # What the assistant's tokenizer puts in front of a text, unless the row begins so already.
+        whole, bare = (self.assistant_tokenizer.encode("a", add_special_tokens=flag) for flag in (True, False))
+        starts = (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+        front = whole[: next(starts, 0)]
+        begins_so = self._to_assistant([], tokens[:1]) == front
+        return _Row(num_settled=0, settled=[] if begins_so else front, cached=[])
 
     def _known(self, row: _Row, tokens: list[int]) -> list[int]:
-        """A row of the target's tokens in the assistant's."""
-        n, last = row.num_settled, self.assistant.vocab_size - 1
-        new = self._to_assistant(tokens[:n], tokens[n:])
-        known = row.settled + new
+        """A row of the target's tokens in the assistant's; any for a text of nothing that it knows."""
+        new = self._to_assistant(tokens[: row.num_settled], tokens[row.num_settled :])
+        known = (row.settled + new) or [0]
+        if len(tokens) - row.num_settled > 2 * self.UNSETTLED:
+            self._settle(row, tokens, new)
+        return known
+
+    def _settle(self, row: _Row, tokens: list[int], new: list[int]) -> None:
         newest = len(tokens) - self.UNSETTLED
-        for end in range(newest, max(n + self.UNSETTLED, newest - self.LONGEST_WORD), -1):
-            settled = self._to_assistant(tokens[:n], tokens[n:end])
-            if new[: len(settled)] == settled:  # not within a token of the assistant's
+        for end in range(newest, newest - self.NUM_TRIED, -1):
+            settled = self._to_assistant(tokens[: row.num_settled], tokens[row.num_settled : end])
+            if new[: len(settled)] == settled:
                 row.num_settled, row.settled = end, row.settled + settled
-                break
-        return [min(token, last) for token in known] or [last]
+                return
 
     def _behind_cached(self, known: list[list[int]]) -> tuple[torch.LongTensor, torch.LongTensor | None]:
         """Leaves the cache what its rows have in common with `known`; tokens and mask, shape `(b, n)`, of all.
 
-        Rows stay aligned at their ends, so that each has as many tokens to run as the one with most.
+        Rows stay aligned at their ends: each has the last `ahead` tokens to run, as many as the one with most.
         """
-        cache = self.assistant.cache
-        cached = [row.cached for row in self.rows]
-        new = max(len(tokens) - _num_shared(held, tokens[:-1]) for held, tokens in zip(cached, known))
-        rewind(cache, [len(held) - len(tokens) + new for held, tokens in zip(cached, known)])
-        input_ids, attention_mask = (x.to(input_device(self.assistant.assistant_model)) for x in left_padded(known))
-        self.assistant.shrink(range(len(known)), num_cached(cache) + new - input_ids.shape[1])
+        assistant, cached = self.assistant, [row.cached for row in self.rows]
+        ahead = max(len(tokens) - _num_shared(held, tokens[:-1]) for held, tokens in zip(cached, known))
+        rewind(assistant.cache, [len(held) - (len(tokens) - ahead) for held, tokens in zip(cached, known)])
+        input_ids, attention_mask = (x.to(input_device(assistant.assistant_model)) for x in left_padded(known))
+        # All rows may have padding in front that none needs any more.
+        assistant.shrink(range(len(known)), num_cached(assistant.cache) + ahead - input_ids.shape[1])
+        # A tokenizer may have tokens that its model lacks; any other will do: only the draft gets worse.
+        input_ids = input_ids.clamp(max=assistant.vocab_size - 1)
         return input_ids, attention_mask if len(known) > 1 else None
 
     def _translated(self, known: list[int], drafted: list[int]) -> list[int]:
@@ -159,6 +174,8 @@ class _Translation:
         known = destination.added_tokens_encoder
         added = source.added_tokens_decoder.items()
         self.left_out = {i for i, token in added if token.special and token.content not in known}
+        # Padding of the embeddings: tokenizers in Rust skip what they don't know, those in Python fail.
+        self.known = None if source.is_fast else set(source.get_vocab().values())
 
     def __call__(self, before: list[int], tokens: list[int]) -> list[int]:
         """Of `tokens` behind `before`, both the source's."""
@@ -174,6 +191,8 @@ class _Translation:
     def text(self, tokens: list[int]) -> str:
         """Without what isn't a whole character yet."""
         told = [token for token in tokens if token not in self.left_out]
+        if self.known is not None:
+            told = [token for token in told if token in self.known]
         return self.source.decode(told, clean_up_tokenization_spaces=False).rstrip("\N{REPLACEMENT CHARACTER}")
 
     def _encoded(self, text: str) -> list[int]:

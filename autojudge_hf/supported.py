@@ -113,6 +113,7 @@ def check_supported(
         "offloaded caches": bool(getattr(cache, "offloading", False)),
         "`cache_implementation='static'` with `assistant_early_exit`": is_static and bool(config.assistant_early_exit),
         "`cache_implementation='static'` with an assistant that reads the target's cache": is_static and shares_cache,
+        "an `assistant_tokenizer` without an `assistant_model`": has_other_tokenizer and assistant_model is None,
         "an assistant that reads the target's cache or states, and another `assistant_tokenizer`": has_other_tokenizer
         and (shares_cache or reads_layers),
         "a cache of an earlier call with an assistant that reads the target's states (DFlash)": reads_layers
@@ -135,8 +136,8 @@ def check_supported(
         raise ValueError(
             f"The models have different vocabularies: {vocab_size(model)} tokens in the target's, "
             f"{vocab_size(assistant_model)} in the assistant's. Expected one tokenizer (the padding of its embeddings "
-            "may differ). Use an assistant of the target's own family, or pass both `tokenizer` and "
-            "`assistant_tokenizer` to `generate`."
+            "may differ). Mining needs an assistant of the target's own family; `generate` takes others too, with "
+            "both `tokenizer` and `assistant_tokenizer`."
         )
     if config.compile_config is not None and not is_static:
         warn_once("Only fixed shapes are compiled: `compile_config` needs `cache_implementation='static'`.")
@@ -159,16 +160,30 @@ def _check_shares_cache(model: PreTrainedModel, assistant_model: PreTrainedModel
 
 
 def _check_reads_layers(model: PreTrainedModel, assistant_model: PreTrainedModel) -> None:
-    ours, its = model.config.get_text_config(decoder=True), assistant_model.config
-    deepest = max(its.target_layer_ids)
-    fits = its.hidden_size == ours.hidden_size and deepest < ours.num_hidden_layers
-    if not fits or its.mask_token_id >= vocab_size(model):
+    its, num_layers = assistant_model.config, model.config.get_text_config(decoder=True).num_hidden_layers
+    if not its.target_layer_ids or min(its.target_layer_ids) < 0 or its.mask_token_id < 0 or its.block_size < 2:
+        raise ValueError(
+            f"The config of {type(assistant_model).__name__} must have `target_layer_ids` and a `mask_token_id` of at "
+            f"least 0 and a `block_size` of at least 2, got {its.target_layer_ids}, {its.mask_token_id} and "
+            f"{its.block_size}."
+        )
+    embeddings, deepest = model.get_input_embeddings(), max(its.target_layer_ids)
+    sizes = {model.config.get_text_config(decoder=True).hidden_size, hidden_size(model), embeddings.embedding_dim}
+    if sizes != {its.hidden_size} or deepest >= num_layers or its.mask_token_id >= vocab_size(model):
         raise ValueError(
             f"{type(assistant_model).__name__} reads the states of the model it was made for: expected a target with "
             f"states of size {its.hidden_size}, more than {deepest} layers and a token {its.mask_token_id}, got "
-            f"{type(model).__name__} with {ours.hidden_size}, {ours.num_hidden_layers} layers and {vocab_size(model)} "
-            "tokens. Use the assistant that was published for this target."
+            f"{type(model).__name__} with {' and '.join(map(str, sorted(sizes)))}, {num_layers} layers and "
+            f"{vocab_size(model)} tokens. Use the assistant that was published for this target."
         )
+    has_streams = getattr(model.config.get_text_config(decoder=True), "altup_num_inputs", 1) > 1
+    _refuse(
+        {
+            "this assistant for a target whose states have several streams (Gemma 3n)": has_streams,
+            "this assistant for an offloaded target with a norm behind its embeddings": embeddings.weight.is_meta
+            and hasattr(embeddings, "embed_norm"),
+        }
+    )
 
 
 def check_models(*models: PreTrainedModel) -> None:

@@ -1,20 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Assistants that draft a block at once from the target's states (DFlash): stock's drafts, and the target's tokens."""
 
+import copy
 import functools
 
 import pytest
 import reference
 import torch
+from accelerate import cpu_offload
 from conftest import left_padded, random_llama, scaled_up
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
     DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     GenerationConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
     LogitsProcessorList,
     MuseGlimmerAssistantConfig,
     MuseGlimmerAssistantModel,
     MuseGlimmerConfig,
     MuseGlimmerForConditionalGeneration,
+    OPTConfig,
+    OPTForCausalLM,
     RepetitionPenaltyLogitsProcessor,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -23,7 +35,7 @@ from autojudge_hf import AutoJudge, JudgeConfig, judge_decoding, mine_mismatches
 from autojudge_hf.dflash import DFlashCandidateGenerator
 from autojudge_hf.draft_length import AdaptiveDraftLength
 from autojudge_hf.fixed_cache import FixedCache
-from autojudge_hf.model_properties import CACHE_NAME
+from autojudge_hf.model_properties import CACHE_NAME, behind_head
 from autojudge_hf.tasks import GSM8K
 
 
@@ -241,6 +253,47 @@ def test_sampling_draws_from_the_target(pair, top_k):
     assert reference.chi_square_p(counts, expected) > reference.NOT_CHANCE
 
 
+@pytest.mark.parametrize("family", ["llama", "glimmer", "cohere", "granite", "gemma2"])
+def test_drafts_have_the_targets_scale(family):
+    """What a head gives may be scaled or capped: a draft of other sharpness is sampled from, or judged, as another."""
+    sizes = {"vocab_size": 16, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = {
+        "llama": lambda: random_llama(0, 16),
+        "glimmer": glimmer,
+        "cohere": lambda: CohereForCausalLM(CohereConfig(logit_scale=0.3, **sizes)),
+        "granite": lambda: GraniteForCausalLM(GraniteConfig(logits_scaling=5.0, **sizes)),
+        "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(head_dim=8, final_logit_softcapping=3.0, **sizes)),
+    }[family]()
+    seen = []
+    hook = model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(output))
+    logits = model(torch.tensor(PROMPTS[:1])).logits
+    hook.remove()
+    torch.testing.assert_close(behind_head(model, seen[0]), logits)
+    assert torch.equal(seen[0], logits) == (family == "llama")
+
+
+@pytest.mark.parametrize(("dtype", "its_dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_models_of_two_dtypes(top_k, dtype, its_dtype):
+    target, assistant = random_llama(0, 16).to(dtype), assistant_of().to(its_dtype)
+    options = {**OPTIONS, "max_new_tokens": 8, "judge": top_k, "assistant_model": assistant}
+    output = target.generate(torch.tensor(PROMPTS[:1]), return_dict_in_generate=True, **options)
+    assert output.num_candidates > 0
+
+
+def test_an_offloaded_target(pair, top_k):
+    target, assistant = pair
+    options = {**OPTIONS, "judge": top_k, "judge_threshold": 0.0, "assistant_model": assistant}
+    expected = target.generate(torch.tensor(PROMPTS[:1]), **options)
+    offloaded = cpu_offload(copy.deepcopy(target), execution_device="cpu")
+    if isinstance(target, MuseGlimmerForConditionalGeneration):
+        with pytest.raises(ValueError, match="an offloaded target with a norm behind its embeddings"):
+            offloaded.generate(torch.tensor(PROMPTS[:1]), **options)
+    else:
+        assert torch.equal(offloaded.generate(torch.tensor(PROMPTS[:1]), **options), expected)
+
+
 def test_a_judge_may_read_what_the_assistant_thought(pair):
     target, assistant = pair
     judge = AutoJudge.from_config(JudgeConfig(judge_type="kl"))
@@ -257,6 +310,10 @@ def test_a_judge_may_read_what_the_assistant_thought(pair):
         ({"assistant_model": {"hidden_size": 48}}, "states of size 48, .* got LlamaForCausalLM with 32"),
         ({"assistant_model": {"target_layer_ids": [0, 2]}}, "more than 2 layers .* with 32, 2 layers"),
         ({"assistant_model": {"mask_token_id": 16}}, "a token 16, .* 16 tokens"),
+        ({"assistant_model": {"target_layer_ids": []}}, "must have `target_layer_ids` .*, got \\[\\], 2 and 6"),
+        ({"assistant_model": {"target_layer_ids": [-1, 0]}}, "of at least 0 .*, got \\[-1, 0\\], 2 and 6"),
+        ({"assistant_model": {"mask_token_id": -1}}, "of at least 0 .*, got \\[0, 1\\], -1 and 6"),
+        ({"assistant_model": {"block_size": 1}}, "`block_size` of at least 2, got \\[0, 1\\], 2 and 1"),
         ({"speculation_type": "other"}, "`speculation_type='other'` with this assistant"),
     ],
 )
@@ -268,6 +325,21 @@ def test_what_cannot_work_is_refused(others, message, top_k):
     model.register_forward_pre_hook(lambda *_: pytest.fail("a forward"))
     with pytest.raises(ValueError, match=message):
         model.generate(torch.tensor(PROMPTS[:1]), **options)
+
+
+def test_targets_whose_states_it_could_not_read_are_refused(top_k):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    narrow = OPTForCausalLM(OPTConfig(hidden_size=32, ffn_dim=64, word_embed_proj_dim=16, **sizes)).eval()
+    with pytest.raises(ValueError, match="states of size 32, .* got OPTForCausalLM with 16 and 32"):
+        narrow.generate(torch.tensor(PROMPTS[:1]), judge=top_k, assistant_model=assistant_of(), **OPTIONS)
+    sizes |= {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}
+    more = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 16, "laurel_rank": 4}
+    config = Gemma3nTextConfig(**sizes, **more, num_kv_shared_layers=0, activation_sparsity_pattern=[0.0, 0.0])
+    with pytest.raises(ValueError, match="several streams"):
+        Gemma3nForCausalLM(config).generate(
+            torch.tensor(PROMPTS[:1]), judge=top_k, assistant_model=assistant_of(), **OPTIONS
+        )
 
 
 def test_dflash_needs_its_assistant(random_pair, top_k):

@@ -258,7 +258,7 @@ def test_a_lookup_drafts_whatever_cuts_a_tail(random_pair):
     for more, length in (([], 3), ([SuppressTokensLogitsProcessor([1])], 1)):
         processors = RowProcessors(LogitsProcessorList(warpers + more), 1)
         drafter = PromptLookup(model, config)
-        drafter.get_candidates(prompt, None, 3, functools.partial(processors, Rows(prompt, None), [3]))
+        drafter.get_candidates(prompt, None, [3], functools.partial(processors, Rows(prompt, None), [3]))
         assert drafter.lengths == [length]
 
 

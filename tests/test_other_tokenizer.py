@@ -10,7 +10,7 @@ import reference
 import torch
 from conftest import MAX_NEW_TOKENS, left_padded, random_llama
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import DynamicCache, PreTrainedTokenizerFast, pipeline
+from transformers import ByT5Tokenizer, DynamicCache, PreTrainedTokenizerFast, pipeline
 from transformers.utils import logging
 
 from autojudge_hf import AutoJudge, JudgeConfig, calibrate_threshold, evaluate_judge, judge_decoding
@@ -104,7 +104,8 @@ class Parrot:
         self.vocab_size, self.eos_token_ids, self.cache = len(tokenizer), set(), DynamicCache()
         self.heard = None
 
-    def get_candidates(self, input_ids, attention_mask, length):
+    def get_candidates(self, input_ids, attention_mask, max_candidates):
+        length = max(max_candidates)
         self.heard = input_ids[0].tolist()
         canonical = self.tokenizer.encode(self.text, add_special_tokens=False)
         n = len(self.heard)
@@ -135,7 +136,7 @@ def test_a_draft_is_the_targets_own_tokens(target, draft, tokenizer, test_proble
         drafter = OtherTokenizer(draft, target, ours, others)
         drafter.assistant = Parrot(draft, others, text)
         for i in range(4, len(tokens)):
-            (candidates,) = drafter.drafts([torch.tensor(tokens[:i])], 12)
+            (candidates,) = drafter.drafts([torch.tensor(tokens[:i])], [12])
             if "\N{REPLACEMENT CHARACTER}" in ours.decode(tokens[:i]):
                 continue  # within a character
             expected = tokens[i:]
@@ -166,11 +167,11 @@ def test_a_cache_changes_no_draft(target, tokenizer, test_problems, num_rows):
     ends, rows, drafter = [3] * num_rows, list(range(num_rows)), make()
     while rows:
         given = left_padded([texts[row][: ends[row]] for row in rows])
-        sequence, _ = drafter.get_candidates(**given, max_candidates=9)
+        sequence, _ = drafter.get_candidates(**given, max_candidates=[9] * len(rows))
         drafted = sequence[:, given["input_ids"].shape[1] :]
         for row, draft, length in zip(rows, drafted.tolist(), drafter.lengths):
             scratch = make()
-            sequence, _ = scratch.get_candidates(torch.tensor([texts[row][: ends[row]]]), None, 9)
+            sequence, _ = scratch.get_candidates(torch.tensor([texts[row][: ends[row]]]), None, [9])
             assert draft[:length] == sequence[0, ends[row] :].tolist(), (row, ends)
         for row in rows:
             ends[row] += torch.randint(1, 11, (1,), generator=generator).item()
@@ -181,6 +182,47 @@ def test_a_cache_changes_no_draft(target, tokenizer, test_problems, num_rows):
 
 
 # The target's tokens
+
+
+def test_a_judged_row_of_a_batch_gives_what_it_gives_alone(test_problems):
+    """Where rows have different room left, too: a longer draft may end with another token, and so may the text."""
+    ours, others = of_words([p["question"] for p in test_problems[:20]], 250), of_bytes()
+    model = random_llama(1, len(ours), max_position_embeddings=4096)
+    assistant = random_llama(2, len(others), max_position_embeddings=4096)
+    margin = AutoJudge.from_config(JudgeConfig(judge_type="margin"))
+    generate = functools.partial(
+        model.generate,
+        **{**OPTIONS, "max_new_tokens": 12, "num_assistant_tokens": 8},
+        judge=margin,
+        judge_threshold=1.0,
+        assistant_model=assistant,
+        tokenizer=ours,
+        assistant_tokenizer=others,
+    )
+    generator, cut = torch.Generator().manual_seed(0), 0
+    for _ in range(15):
+        rows = [torch.randint(3, len(ours), (n,), generator=generator).tolist() for n in (9, 4, 15)]
+        together = generate(**left_padded(rows))
+        for j, row in enumerate(rows):
+            alone = generate(torch.tensor([row]), attention_mask=torch.ones(1, len(row), dtype=torch.long))
+            assert together.sequences[j, 15:].tolist() == alone.sequences[0, len(row) :].tolist()
+            for name in COUNTS:
+                assert getattr(together, name)[j] == getattr(alone, name)[0], name
+            cut += len(set(together.num_target_forwards.tolist())) > 1
+    assert cut > 20
+
+
+def test_a_python_tokenizer_knows_only_its_own(top_k):
+    """Models have more embeddings than tokenizers tokens, and a random one writes what these stand for."""
+    model = random_llama(1, 448, max_position_embeddings=4096)
+    assistant = random_llama(2, 448, max_position_embeddings=4096)
+    for pair in ((ByT5Tokenizer(), of_bytes()), (of_bytes(), ByT5Tokenizer())):
+        ours, others = pair
+        options = {**LOSSLESS, "max_new_tokens": 30, "tokenizer": ours, "assistant_tokenizer": others}
+        prompt = [3, 400, 80, 440, 90, 100]
+        output = model.generate(torch.tensor([prompt]), judge=top_k, assistant_model=assistant, **options)
+        assert output.sequences[0].tolist() == reference.greedy(model, prompt, 30, ())
+        assert output.num_candidates > 0
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
@@ -287,7 +329,7 @@ def heard(target, draft, tokenizer, assistant_tokenizer, tokens):
     drafter = OtherTokenizer(draft, target, tokenizer, assistant_tokenizer)
     drafter.assistant = Parrot(draft, assistant_tokenizer, "")
     drafter.assistant.get_candidates = lambda input_ids, *_: (input_ids, None)
-    drafter.drafts([torch.tensor(tokens)], 4)
+    drafter.drafts([torch.tensor(tokens)], [4])
     return drafter.rows[0].cached
 
 
@@ -302,18 +344,18 @@ def test_special_tokens_that_one_lacks_are_no_text(target, draft, tokenizer, pro
     assert of_bytes().decode(told) == tokenizer.decode(prompts[0], skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("adds", [None, "<|begin|> $A", "<|begin|> $A <|end|>"])
 @pytest.mark.parametrize("has", [True, False])
 def test_a_text_begins_once(target, draft, tokenizer, others, has, adds):
-    """With what the assistant's tokenizer puts in front, whether or not the target's text has it already."""
+    """With what the assistant's tokenizer puts in front, whether or not the target's text has it, and never ends."""
     other_tokenizer = copy.deepcopy(others[1])
-    begin, user = other_tokenizer.convert_tokens_to_ids(["<|begin|>", "<|user|>"])
+    begin, end, user = other_tokenizer.convert_tokens_to_ids(["<|begin|>", "<|end|>", "<|user|>"])
     if adds:
-        template = processors.TemplateProcessing("<|begin|> $A", "$A $B", [("<|begin|>", begin)])
+        template = processors.TemplateProcessing(adds, "$A $B", [("<|begin|>", begin), ("<|end|>", end)])
         other_tokenizer.backend_tokenizer.post_processor = template
     text = "<|begin|>" * has + "<|user|>"
     told = heard(target, draft, tokenizer, other_tokenizer, tokenizer.encode(text, add_special_tokens=False))
-    assert told == [begin] * (has or adds) + [user]
+    assert told == [begin] * (has or bool(adds)) + [user]
 
 
 # What is refused
@@ -325,8 +367,12 @@ def test_what_cannot_be(target, draft, tokenizer, others, top_k):
     both = {"tokenizer": tokenizer, "assistant_tokenizer": other_tokenizer}
     inputs = tokenizer("one two", return_tensors="pt", add_special_tokens=False)
     generate = functools.partial(target.generate, **inputs, **options)
-    with pytest.raises(ValueError, match="`assistant_tokenizer` needs the target's `tokenizer` beside it"):
+    with pytest.raises(ValueError, match="a tokenizer of `transformers` as `tokenizer`, got NoneType"):
         generate(judge=top_k, assistant_tokenizer=other_tokenizer)
+    with pytest.raises(ValueError, match="a tokenizer of `transformers` as `assistant_tokenizer`, got str"):
+        generate(judge=top_k, tokenizer=tokenizer, assistant_tokenizer="gpt2")
+    with pytest.raises(ValueError, match="an `assistant_tokenizer` without an `assistant_model`"):
+        target.generate(**inputs, judge=top_k, max_new_tokens=4, prompt_lookup_num_tokens=2, **both)
     kl = AutoJudge.from_config(JudgeConfig(judge_type="kl"))
     with pytest.raises(ValueError, match="'kl' judge reads .* an assistant with another tokenizer has none"):
         generate(judge=kl, **both)
@@ -338,7 +384,7 @@ def test_what_cannot_be(target, draft, tokenizer, others, top_k):
     with pytest.raises(ValueError, match="`assistant_tokenizer` has 21.. tokens, and LlamaForCausalLM knows 1030"):
         generate(judge=top_k, tokenizer=tokenizer, assistant_tokenizer=large)
     far = random_llama(1, 4096)
-    with pytest.raises(ValueError, match="4096 in the assistant's.*pass both `tokenizer` and `assistant_tokenizer`"):
+    with pytest.raises(ValueError, match="4096 in the assistant's.*with both `tokenizer` and `assistant_tokenizer`"):
         target.generate(**inputs, judge=top_k, assistant_model=far, max_new_tokens=4)
 
 
