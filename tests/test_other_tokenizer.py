@@ -55,6 +55,12 @@ def prompts(tokenizer, test_problems):
     return [tokenizer.encode(GSM8K().prompt(p, tokenizer), add_special_tokens=False) for p in test_problems[:4]]
 
 
+@pytest.fixture(scope="module")
+def expected(target, prompts):
+    """What the target writes behind each prompt."""
+    return [reference.greedy(target, prompt, 40, ())[len(prompt) :] for prompt in prompts[:3]]
+
+
 def of_bytes():
     """A token for each byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -174,7 +180,7 @@ def test_a_cache_changes_no_draft(target, tokenizer, test_problems, num_rows):
             sequence, _ = scratch.get_candidates(torch.tensor([texts[row][: ends[row]]]), None, [9])
             assert draft[:length] == sequence[0, ends[row] :].tolist(), (row, ends)
         for row in rows:
-            ends[row] += torch.randint(1, 11, (1,), generator=generator).item()
+            ends[row] += torch.randint(1, 25, (1,), generator=generator).item()
         unfinished = [j for j, row in enumerate(rows) if ends[row] < len(texts[row])]
         if unfinished:
             drafter.shrink(unfinished, 0)
@@ -227,7 +233,7 @@ def test_a_python_tokenizer_knows_only_its_own(top_k):
 
 @pytest.mark.parametrize("num_rows", [1, 3])
 @pytest.mark.parametrize("more", [{}, {"cache_implementation": "static"}, {"do_sample": True, "top_k": 1}])
-def test_lossless_whatever_comes_back(target, tokenizer, prompts, top_k, more, num_rows):
+def test_lossless_whatever_comes_back(target, tokenizer, prompts, expected, top_k, more, num_rows):
     """An assistant of bytes that writes at random, until it has no positions left, and one that isn't all wrong."""
     assistant_tokenizer = of_bytes()
     assistant = random_llama(7, len(assistant_tokenizer), max_position_embeddings=600)
@@ -241,12 +247,11 @@ def test_lossless_whatever_comes_back(target, tokenizer, prompts, top_k, more, n
         **options,
     )
     width = max(map(len, prompts[:num_rows]))
-    for row, prompt in zip(output.sequences, prompts):
-        assert row[width:].tolist() == reference.greedy(target, prompt, 40, ())[len(prompt) :]
+    assert output.sequences[:, width:].tolist() == expected[:num_rows]
     assert (output.num_candidates > 0).all()
 
 
-def test_an_assistant_without_positions_left_drafts_nothing(target, tokenizer, prompts, top_k):
+def test_an_assistant_without_positions_left_drafts_nothing(target, tokenizer, prompts, expected, top_k):
     assistant_tokenizer = of_bytes()
     length = len(assistant_tokenizer.encode(tokenizer.decode(prompts[0], skip_special_tokens=True)))
     for room, drafts in ((40, True), (0, False)):
@@ -260,7 +265,7 @@ def test_an_assistant_without_positions_left_drafts_nothing(target, tokenizer, p
             **{**LOSSLESS, "max_new_tokens": 30},
         )
         assert (output.num_candidates.item() > 0) == drafts
-        assert output.sequences[0].tolist() == reference.greedy(target, prompts[0], 30, ())
+        assert output.sequences[0].tolist() == prompts[0] + expected[0][:30]
 
 
 @pytest.mark.slow
@@ -307,13 +312,13 @@ def test_a_pipeline_passes_both(target, tokenizer, others, test_problems, top_k)
 def test_a_judge_is_measured_with_both(target, draft, tokenizer, others, test_problems):
     other, other_tokenizer = others
     judge = AutoJudge.from_config(JudgeConfig(judge_type="margin"))
-    options = {"thresholds": [0.4], "num_assistant_tokens": 8, "max_new_tokens": 200, "batch_size": 2}
-    evaluate = functools.partial(evaluate_judge, target, tokenizer=tokenizer, dataset=test_problems[:4], **options)
+    options = {"thresholds": [0.4], "num_assistant_tokens": 8, "max_new_tokens": 80, "batch_size": 2}
+    evaluate = functools.partial(evaluate_judge, target, tokenizer=tokenizer, dataset=test_problems[:2], **options)
     expected = evaluate(assistant_model=draft, task=GSM8K(), judge=judge)
     got = evaluate(assistant_model=other, assistant_tokenizer=other_tokenizer, task=GSM8K(), judge=judge)
     for row, its_row in zip(got, expected):
         assert row["texts"] == its_row["texts"] and row["tokens_per_cycle"] == its_row["tokens_per_cycle"]
-    calibrate = functools.partial(calibrate_threshold, target, other, tokenizer, test_problems[:4], GSM8K(), judge)
+    calibrate = functools.partial(calibrate_threshold, target, other, tokenizer, test_problems[:2], GSM8K(), judge)
     calibrate(dataset_name="word problems", assistant_tokenizer=other_tokenizer, **options)
     assert len(judge.config.evaluation) == 2
     kl = AutoJudge.from_config(JudgeConfig(judge_type="kl"))
