@@ -312,7 +312,7 @@ def test_a_pipeline_passes_both(target, tokenizer, others, test_problems, top_k)
 def test_a_judge_is_measured_with_both(target, draft, tokenizer, others, test_problems):
     other, other_tokenizer = others
     judge = AutoJudge.from_config(JudgeConfig(judge_type="margin"))
-    options = {"thresholds": [0.4], "num_assistant_tokens": 8, "max_new_tokens": 80, "batch_size": 2}
+    options = {"thresholds": [0.4], "num_assistant_tokens": 8, "max_new_tokens": 200, "batch_size": 2}
     evaluate = functools.partial(evaluate_judge, target, tokenizer=tokenizer, dataset=test_problems[:2], **options)
     expected = evaluate(assistant_model=draft, task=GSM8K(), judge=judge)
     got = evaluate(assistant_model=other, assistant_tokenizer=other_tokenizer, task=GSM8K(), judge=judge)
