@@ -6,7 +6,15 @@ import functools
 import pytest
 import reference
 import torch
-from conftest import left_padded, random_llama, scaled_up
+from conftest import random_llama, scaled_up
+from drafter_oracles import (
+    OPTIONS,
+    PROMPTS,
+    check_lossless,
+    check_rows_alone,
+    check_sampling,
+    drafts_of_a_judged_call,
+)
 from transformers import (
     DynamicCache,
     Gemma4AssistantConfig,
@@ -26,8 +34,6 @@ from autojudge_hf.tasks import GSM8K
 
 WINDOW = 8
 KINDS = ["sliding_attention", "full_attention"]
-PROMPTS = [[3, 14, 15, 9, 2, 6, 5, 3, 5, 8, 9], [2, 7, 1], [8, 2, 8, 1, 8, 2, 8]]
-OPTIONS = {"do_sample": False, "max_new_tokens": 40}
 
 
 def gemma(num_layers, num_shared, vocab_size=16, **overrides):
@@ -107,50 +113,16 @@ def stock_draft(model, assistant, tokens, num_candidates):
 
 @pytest.mark.parametrize("num_rows", [1, 3])
 def test_drafts_are_those_of_stock(pair, top_k, num_rows, monkeypatch):
-    """At every cycle, within the window and beyond it, behind rejected candidates and accepted ones."""
-    target, assistant = pair
-    drafts, get_candidates = [], SharedCacheCandidateGenerator.get_candidates
-
-    def seen(self, input_ids, attention_mask=None, *args):
-        sequence, logits = get_candidates(self, input_ids, attention_mask, *args)
-        for row, mask in zip(sequence, [None] * num_rows if attention_mask is None else attention_mask):
-            first = 0 if mask is None else int((mask == 0).sum())
-            drafts.append((row[first : input_ids.shape[1]].tolist(), row[input_ids.shape[1] :].tolist()))
-        return sequence, logits
-
-    monkeypatch.setattr(SharedCacheCandidateGenerator, "get_candidates", seen)
-    output = target.generate(
-        **left_padded(PROMPTS[:num_rows]),
-        assistant_model=assistant,
-        judge=top_k,
-        judge_threshold=0.9,
-        num_assistant_tokens=4,
-        return_dict_in_generate=True,
-        **OPTIONS,
-    )
-    assert output.num_judge_accepted.sum() > 0 and output.num_judge_rejected.sum() > 0
-    assert len({len(text) for text, _ in drafts}) > 5 and max(len(text) for text, _ in drafts) > 3 * WINDOW
-    for text, candidates in drafts:
-        assert candidates == stock_draft(target, assistant, text, 4)[: len(candidates)]
+    options = {"num_assistant_tokens": 4}
+    drafter = SharedCacheCandidateGenerator
+    for text, candidates in drafts_of_a_judged_call(monkeypatch, drafter, pair, top_k, num_rows, WINDOW, **options):
+        assert candidates == stock_draft(*pair, text, 4)[: len(candidates)]
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
 @pytest.mark.parametrize("num_assistant_tokens", [1, 5, "adaptive"])
 def test_lossless(pair, top_k, num_assistant_tokens, num_rows):
-    target, assistant = pair
-    output = target.generate(
-        **left_padded(PROMPTS[:num_rows]),
-        assistant_model=assistant,
-        judge=top_k,
-        judge_threshold=0.0,
-        num_assistant_tokens=num_assistant_tokens,
-        return_dict_in_generate=True,
-        **OPTIONS,
-    )
-    for row, prompt in zip(output.sequences, PROMPTS):
-        expected = reference.greedy(target, prompt, OPTIONS["max_new_tokens"], ())
-        assert row[-OPTIONS["max_new_tokens"] :].tolist() == expected[len(prompt) :]
-    assert 0 < output.num_matches.sum() < output.num_candidates.sum()
+    check_lossless(pair, top_k, num_rows, num_assistant_tokens=num_assistant_tokens)
 
 
 def test_without_a_judge(pair):
@@ -162,21 +134,7 @@ def test_without_a_judge(pair):
 
 
 def test_a_batch_gives_what_rows_give_alone(pair):
-    """With a judge of the target's states, and rows that end at different times."""
-    target, assistant = pair
-    torch.manual_seed(5)
-    judge = AutoJudge.from_config(JudgeConfig(hidden_size=32))
-    judge.load_state_dict({"weight": torch.randn(32), "bias": torch.zeros(1)})
-    options = {**OPTIONS, "assistant_model": assistant, "judge": judge, "judge_threshold": 0.5}
-    options |= {"num_assistant_tokens": 4, "return_dict_in_generate": True, "eos_token_id": 8, "pad_token_id": 0}
-    together = target.generate(**left_padded(PROMPTS), **options)
-    assert together.num_judge_accepted.sum() > 0 and together.num_judge_rejected.sum() > 0
-    width, lengths = max(map(len, PROMPTS)), set()
-    for row, prompt in zip(together.sequences[:, width:].tolist(), PROMPTS):
-        alone = target.generate(torch.tensor([prompt]), **options).sequences[0, len(prompt) :].tolist()
-        assert row == alone + [0] * (len(row) - len(alone))
-        lengths.add(len(alone))
-    assert len(lengths) > 1
+    check_rows_alone(pair, num_assistant_tokens=4)
 
 
 def test_a_conversation_goes_on_from_its_cache(pair, top_k):
@@ -189,30 +147,7 @@ def test_a_conversation_goes_on_from_its_cache(pair, top_k):
 
 
 def test_sampling_draws_from_the_target(pair, top_k):
-    """The first two tokens of many samples: one of the prefill, and one that the assistant drafts."""
-    (model, assistant), prompt, num_samples = pair, PROMPTS[1], 4000
-    torch.manual_seed(0)
-    output = model.generate(
-        torch.tensor([prompt] * num_samples),
-        do_sample=True,
-        top_k=0,
-        temperature=3.0,
-        max_new_tokens=3,
-        assistant_model=assistant,
-        judge=top_k,
-        judge_threshold=0.0,
-        num_assistant_tokens=2,
-        return_dict_in_generate=True,
-    )
-    assert 0 < output.num_matches.sum() < output.num_candidates.sum()
-    first = torch.tensor([[*prompt, token] for token in range(16)])
-    with torch.no_grad():
-        p_first = (model(first).logits[:, len(prompt) - 1] / 3)[0].softmax(-1)
-        p_second = (model(first).logits[:, -1] / 3).softmax(-1)
-    expected = (p_first[:, None] * p_second).flatten()
-    drawn = output.sequences[:, len(prompt) : len(prompt) + 2]
-    counts = torch.bincount(drawn[:, 0] * 16 + drawn[:, 1], minlength=256)
-    assert reference.chi_square_p(counts, expected) > reference.NOT_CHANCE
+    check_sampling(pair, top_k)
 
 
 def test_a_judge_may_read_what_the_assistant_thought(pair):
