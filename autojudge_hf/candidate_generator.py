@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .caches import num_cached, rewind, rewindable_cache, shrink
-from .drafter import Drafter
+from .drafter import Drafter, choices
 from .fixed_cache import FixedCache
 from .forward import cached_forward, fixed_draft
 from .head_inputs import HeadInputs
@@ -85,10 +85,7 @@ class JudgeCandidateGenerator(Drafter):
             next_logits = next_logits.to(input_ids.device, torch.float32)
             if process is not None:
                 next_logits = process(torch.cat(drafted, dim=1), next_logits)
-            if self.do_sample:
-                tokens = torch.multinomial(next_logits[:, 0].softmax(dim=-1), num_samples=1)
-            else:
-                tokens = next_logits.argmax(dim=-1)
+            tokens = choices(next_logits, self.do_sample)
             if self.output_logits:
                 logits.append(next_logits)
             if self.head is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .configuration import checked_threshold, decoding_settings, public_name
 from .draft_length import ADAPTIVE, DEFAULT_DRAFT_LENGTH
-from .model_properties import hidden_size, reads_targets_cache, reads_targets_layers, vocab_size
+from .model_properties import drafts_from_target, hidden_size, reads_targets_layers, vocab_size
 from .modeling import Judge
 
 
@@ -118,8 +118,7 @@ def checked_judge(
             "tokens. Pass an `assistant_model` with the target's tokenizer, or use a judge that reads the target's "
             "distribution alone, such as `margin`."
         )
-    has_no_states = has_no_logits or reads_targets_cache(assistant_model) or reads_targets_layers(assistant_model)
-    if config.assistant_hidden_size is not None and has_no_states:
+    if config.assistant_hidden_size is not None and (has_no_logits or drafts_from_target(assistant_model)):
         raise ValueError(
             f"The judge reads an assistant's hidden states, of size {config.assistant_hidden_size}, and {drafter} has "
             "none of the target's tokens. Pass an `assistant_model` that reads these, or train a judge on the "

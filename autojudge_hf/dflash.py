@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import DFlashCache
 
 from .caches import num_cached, rewind, shrink
-from .drafter import Drafter
+from .drafter import Drafter, choices
 from .forward import positions_of
 from .model_properties import CACHE_NAME, behind_head, input_device
 
@@ -68,12 +68,12 @@ class DFlashCandidateGenerator(Drafter):
             return input_ids, None
         logits = self._logits(input_ids, attention_mask).to(input_ids.device, torch.float32)
         if process is None:
-            candidate_ids = self._choices(logits)
+            candidate_ids = choices(logits, self.do_sample)
         else:
             candidate_ids = input_ids[:, :0]
             for i in range(self._num_drafted):
                 logits[:, i : i + 1] = process(candidate_ids, logits[:, i : i + 1])
-                candidate_ids = torch.cat([candidate_ids, self._choices(logits[:, i : i + 1])], dim=1)
+                candidate_ids = torch.cat([candidate_ids, choices(logits[:, i : i + 1], self.do_sample)], dim=1)
         return torch.cat([input_ids, candidate_ids], dim=1), logits if self.output_logits else None
 
     def rewind(
@@ -134,8 +134,3 @@ class DFlashCandidateGenerator(Drafter):
         if hasattr(embeddings, "embed_norm"):
             return torch.nn.functional.embedding(tokens, embeddings.weight)
         return embeddings(tokens)
-
-    def _choices(self, logits: torch.Tensor) -> torch.LongTensor:
-        if not self.do_sample:
-            return logits.argmax(dim=-1)
-        return torch.multinomial(logits.softmax(dim=-1).flatten(0, 1), num_samples=1).view(logits.shape[:2])

@@ -70,3 +70,10 @@ class Drafter(CandidateGenerator):
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
         """Nothing to learn: the loop passes each cycle's draft length to `get_candidates`."""
+
+
+def choices(logits: torch.Tensor, do_sample: bool) -> torch.LongTensor:
+    """A token of each distribution, drawn from it or its best: shape `(b, k, v)` to `(b, k)`."""
+    if not do_sample:
+        return logits.argmax(dim=-1)
+    return torch.multinomial(logits.softmax(dim=-1).flatten(0, 1), num_samples=1).view(logits.shape[:2])

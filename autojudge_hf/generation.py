@@ -111,7 +111,7 @@ def judge_decoding(
         assistant_model = first_layers(model, generation_config.assistant_early_exit)
     threshold = checked_judge(judge, judge_threshold, model, assistant_model, generation_config, has_other_tokenizer)
     tokenizers = (tokenizer, assistant_tokenizer) if has_other_tokenizer else None
-    # Those that read the target's tokens.
+    # Of the target's tokens.
     is_reader = assistant_model is not None and not has_other_tokenizer and not reads_targets_layers(assistant_model)
     readers = [model, assistant_model] if is_reader else [model]
 
@@ -130,11 +130,11 @@ def judge_decoding(
             fixed = functools.partial(_fixed_or_growing, at_end, len(input_ids), generation_config)
             longest = input_ids.shape[1] + budget
             cache = fixed(model, longest, draft_length.widths, judging.reads_target)
-            for assistant in readers[1:]:
+            if is_reader:
                 # The newest token, and one more where the last candidate was accepted. A row that has no room left
                 # drafts as far as the others.
                 length = longest + min(draft_length.longest, budget)
-                assistant_cache = fixed(assistant, length, [1, 2], judging.reads_assistant)
+                assistant_cache = fixed(assistant_model, length, [1, 2], judging.reads_assistant)
         else:
             cache.activate_past_recording()
         if len(input_ids) == 1 and not isinstance(cache, FixedCache):

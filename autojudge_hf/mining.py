@@ -21,7 +21,7 @@ from .checks import checked_draft_length
 from .configuration import GREEDY_SETTINGS, public_name
 from .mined_examples import FinishedExample, MinedExamples
 from .mined_features import FEATURES_DTYPES, described, described_layout, feature_layout
-from .model_properties import eos_token_ids, max_positions, reads_targets_cache, reads_targets_layers
+from .model_properties import drafts_from_target, eos_token_ids, max_positions
 from .search import SemiGreedySearch
 from .supported import check_models
 from .tasks.task import Task, checked_examples, name_of, prompt_ids
@@ -110,7 +110,7 @@ def mine_mismatches(
     examples = checked_examples(dataset, task)
     draft_length = checked_draft_length(num_assistant_tokens, assistant_model, None)
     check_models(model, assistant_model)
-    if reads_targets_cache(assistant_model) or reads_targets_layers(assistant_model):
+    if drafts_from_target(assistant_model):
         raise ValueError(
             f"Mining asks the assistant at every position of a response, and {type(assistant_model).__name__} drafts "
             "only behind what the target has just read. Mine with an assistant that reads the text: a judge "

@@ -49,6 +49,11 @@ def reads_targets_layers(model: PreTrainedModel) -> bool:
     return "noise_embeds" in forward_parameters(model)
 
 
+def drafts_from_target(model: PreTrainedModel) -> bool:
+    """Whether an assistant drafts from what the target has just computed, in one of these two ways."""
+    return reads_targets_cache(model) or reads_targets_layers(model)
+
+
 def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
     """What `torch.compile` and PEFT wrap."""
     model = getattr(model, "_orig_mod", model)

@@ -160,7 +160,7 @@ def _check_shares_cache(model: PreTrainedModel, assistant_model: PreTrainedModel
 
 
 def _check_reads_layers(model: PreTrainedModel, assistant_model: PreTrainedModel) -> None:
-    its, num_layers = assistant_model.config, model.config.get_text_config(decoder=True).num_hidden_layers
+    its, config = assistant_model.config, model.config.get_text_config(decoder=True)
     if not its.target_layer_ids or min(its.target_layer_ids) < 0 or its.mask_token_id < 0 or its.block_size < 2:
         raise ValueError(
             f"The config of {type(assistant_model).__name__} must have `target_layer_ids` and a `mask_token_id` of at "
@@ -168,15 +168,15 @@ def _check_reads_layers(model: PreTrainedModel, assistant_model: PreTrainedModel
             f"{its.block_size}."
         )
     embeddings, deepest = model.get_input_embeddings(), max(its.target_layer_ids)
-    sizes = {model.config.get_text_config(decoder=True).hidden_size, hidden_size(model), embeddings.embedding_dim}
-    if sizes != {its.hidden_size} or deepest >= num_layers or its.mask_token_id >= vocab_size(model):
+    sizes = {config.hidden_size, hidden_size(model), embeddings.embedding_dim}
+    if sizes != {its.hidden_size} or deepest >= config.num_hidden_layers or its.mask_token_id >= vocab_size(model):
         raise ValueError(
             f"{type(assistant_model).__name__} reads the states of the model it was made for: expected a target with "
             f"states of size {its.hidden_size}, more than {deepest} layers and a token {its.mask_token_id}, got "
-            f"{type(model).__name__} with {' and '.join(map(str, sorted(sizes)))}, {num_layers} layers and "
-            f"{vocab_size(model)} tokens. Use the assistant that was published for this target."
+            f"{type(model).__name__} with {' and '.join(map(str, sorted(sizes)))}, {config.num_hidden_layers} layers "
+            f"and {vocab_size(model)} tokens. Use the assistant that was published for this target."
         )
-    has_streams = getattr(model.config.get_text_config(decoder=True), "altup_num_inputs", 1) > 1
+    has_streams = getattr(config, "altup_num_inputs", 1) > 1
     _refuse(
         {
             "this assistant for a target whose states have several streams (Gemma 3n)": has_streams,
