@@ -8,11 +8,10 @@ import functools
 import inspect
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
 from .generation import judge_decoding
-from .supported import check_models
+from .supported import check_is_model, check_models
 
 
 if TYPE_CHECKING:
@@ -52,7 +51,10 @@ def _with_judge(generate):
         if kwargs.get("cache_implementation") == "paged":
             # `generate` would go another way before it sees whose loop to run.
             raise ValueError("Judge decoding doesn't support `cache_implementation='paged'` (continuous batching).")
-        _check_models(self, kwargs.get("assistant_model"))
+        # What `generate` would begin to run, or fail on, before the loop can refuse it.
+        check_models(self)
+        if kwargs.get("assistant_model") is not None:
+            check_is_model(kwargs["assistant_model"])
         _stop_strings_to_criterion(self, kwargs)
         decode = functools.partial(
             judge_decoding,
@@ -67,16 +69,6 @@ def _with_judge(generate):
 
     wrapper._wraps_judge = wrapper
     return wrapper
-
-
-def _check_models(model: Any, assistant_model: Any) -> None:
-    """What `generate` would begin to run, or fail on, before the loop can refuse it."""
-    check_models(model)
-    if assistant_model is not None and not isinstance(assistant_model, torch.nn.Module):
-        raise ValueError(
-            f"`assistant_model` must be a model, got {type(assistant_model).__name__}. Load one with "
-            "`AutoModelForCausalLM.from_pretrained(...)`."
-        )
 
 
 def _stop_strings_to_criterion(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -81,6 +82,13 @@ def rewind(cache: Cache, removed: Sequence[int]) -> None:
         return
     for layer in filled_layers(cache):
         layer.crop(-least)
+
+
+def with_layers_of_its_own(cache: DynamicCache) -> DynamicCache:
+    """The same keys and values in another cache: what this one adds or takes back leaves `cache` as it is."""
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
 
 
 def leave_behind(cache: Cache, length: int) -> None:

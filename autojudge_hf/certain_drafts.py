@@ -72,7 +72,8 @@ class PromptLookup(CertainDrafts):
 
     def drafts(self, rows: list[torch.LongTensor], max_candidates: Sequence[int]) -> list[list[int]]:
         drafts = []
-        for row, self.of_a_row.num_output_tokens in zip(rows, max_candidates):
+        for row, limit in zip(rows, max_candidates):
+            self.of_a_row.num_output_tokens = limit
             sequence, _ = self.of_a_row.get_candidates(row[None])
             drafts.append(sequence[0, len(row) :].tolist())
         return drafts

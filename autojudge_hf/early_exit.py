@@ -21,10 +21,12 @@ def first_layers(model: PreTrainedModel, num_layers: int) -> PreTrainedModel:
     """
     total = model.config.get_text_config(decoder=True).num_hidden_layers
     # Modules of its own, since hooks that decoding sets on shared ones would fire for both. Tensors stay the same
-    # ones, and so do the caller's hooks, which see every forward, as in stock `generate`.
+    # ones, and so do the caller's hooks, which see every forward, as in stock `generate`, and those of accelerate,
+    # which hold the weights of an offloaded model.
     shared = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         shared += [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        shared += [module._hf_hook] if hasattr(module, "_hf_hook") else []
     early = copy.deepcopy(model, {id(x): x for x in shared})
     children = early.base_model._modules
     lists = [name for name, x in children.items() if isinstance(x, torch.nn.ModuleList) and len(x) == total]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from transformers import GenerationConfig
 
-from .checks import check_is_judge, checked_judge
+from .checks import NEVER_MINED, check_is_judge, checked_judge
 from .generation import judge_decoding
 from .measuring import measure_decoding
 from .other_tokenizer import is_other_tokenizer
@@ -84,8 +84,9 @@ def rows_one_by_one(
     pair = model, assistant_model, config, is_other_tokenizer(tokenizer, assistant_tokenizer)
     values = [checked_judge(judge, threshold, *pair) for threshold in listed(thresholds)]
     measure = functools.partial(measure_decoding, model, tokenizer, examples, task, **options)
-    # Mining knows no stop strings either, which the model's own config may have.
-    shared = {"assistant_model": assistant_model, **settings, "stop_strings": None, "return_dict_in_generate": True}
+    # What mining never has, the model's own config may have.
+    settings |= {**dict.fromkeys(NEVER_MINED), "stop_strings": None}
+    shared = {"assistant_model": assistant_model, **settings, "return_dict_in_generate": True}
     lossless_loop = functools.partial(
         judge_decoding,
         assistant_model=assistant_model,

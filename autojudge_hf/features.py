@@ -71,8 +71,8 @@ def logit_features(candidate_ids: torch.LongTensor, target_logits: torch.Tensor)
     """What the target's own distribution says of the candidates, shape `(b, k, 4)`.
 
     In the order of `LOGIT_FEATURES`: log-probability of the candidate (nats), how far it is below the best token's,
-    logarithm of its rank (the best token's is 0), entropy (nats). A candidate that logits processors forbid gets
-    values that aren't finite, so that no judge accepts it.
+    logarithm of its rank (the best token's is 0), entropy (nats). A candidate that logits processors forbid has values
+    that aren't finite.
 
     Args:
         candidate_ids (`torch.LongTensor` of shape `(b, k)`).

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .caches import leave_behind, num_cached, rewind, rewindable_cache, shrink
+from .caches import leave_behind, num_cached, rewind, rewindable_cache, shrink, with_layers_of_its_own
 from .candidate_generator import JudgeCandidateGenerator
 from .certain_drafts import PromptLookup
 from .checks import checked_draft_length, checked_judge, warn_once
@@ -117,7 +117,7 @@ def judge_decoding(
 
     device = input_device(model)  # looked up once: it takes longer than moving a tensor to where it is
     judging = Judging(judge, threshold, input_ids.device)
-    circumstances = (judging.judge and judge.judge_type, round(threshold, 2), len(input_ids))
+    circumstances = (judging.judge_type, round(threshold, 2), len(input_ids))
     draft_length = draft_schedule(num_assistant_tokens, model, own_assistant, generation_config, circumstances)
     rows = Rows(input_ids, model_kwargs.get("attention_mask"))
     stop = StopRule(stopping_criteria, input_ids)
@@ -136,6 +136,9 @@ def judge_decoding(
                 length = longest + min(draft_length.longest, budget)
                 assistant_cache = fixed(assistant_model, length, [1, 2], judging.reads_assistant)
         else:
+            if len(input_ids) > 1:
+                # Rows take different numbers of tokens back, and leave: a cache of the caller's isn't to lose them.
+                cache = with_layers_of_its_own(cache)
             cache.activate_past_recording()
         if len(input_ids) == 1 and not isinstance(cache, FixedCache):
             # However it ends: a cache of the caller's has what is committed.

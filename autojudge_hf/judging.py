@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .features import judge_inputs
+from .features import judge_inputs, of_candidates
 from .verification import harmless
 
 
@@ -25,6 +25,7 @@ class Judging:
 
     Attributes:
         judge (`Judge`, *optional*): who is asked, or `None`.
+        judge_type (`str`, *optional*): of which type.
         reads_target, reads_assistant, reads_assistant_logits (`bool`): which states and logits have to be kept for it.
     """
 
@@ -34,6 +35,7 @@ class Judging:
         if self.judge is not None and device.type != "mps":
             self.judge.to(device)
         config = None if self.judge is None else self.judge.config
+        self.judge_type = None if config is None else config.judge_type
         reads_states = config is not None and judge.reads_states
         self.reads_target = reads_states and config.hidden_size is not None
         self.reads_assistant = reads_states and config.assistant_hidden_size is not None
@@ -68,7 +70,11 @@ class Judging:
         inputs = judge_inputs(candidate_ids, logits, states, assistant_states, assistant_logits, self.judge.config)
         # Logit features of a candidate that processors forbid are infinite, and no cause for alarm.
         self._sums_of_states.append(inputs.features[..., : self._num_state_features].sum())
-        return harmless(self.judge(inputs), self.threshold)
+        is_harmless = harmless(self.judge(inputs), self.threshold)
+        if self.threshold >= 1.0:
+            return is_harmless
+        # Not what logits processors forbid, whatever a judge makes of it.
+        return is_harmless & of_candidates(inputs.target_logits, candidate_ids).isfinite()
 
     def saw_only_finite_states(self) -> bool:
         return not self._sums_of_states or bool(torch.stack(self._sums_of_states).isfinite().all())

@@ -111,14 +111,15 @@ class MinedExamples:
                 f"Another process is mining into {self.folder.name}. Wait for it, or mine into another folder."
             ) from None
         try:
-            self._agree({**pair, **identity}, path)
+            self._agree({**pair, **identity}, path, may_replace=locks)
         except BaseException:
             self.close()
             raise
 
-    def _agree(self, settings: dict[str, Any], path: Path) -> None:
-        """Writes the settings, or compares them with those that the folder was made under."""
-        if not path.is_file():
+    def _agree(self, settings: dict[str, Any], path: Path, may_replace: bool) -> None:
+        """Writes the settings, or compares them with those that the folder's examples were mined under."""
+        is_without_examples = not any(_example_files(self.folder.glob(PATTERN)))
+        if not path.is_file() or (may_replace and is_without_examples):
             _write_whole(path, lambda part: part.write_text(json.dumps(settings, indent=2, sort_keys=True)))
             return
         try:

@@ -23,7 +23,7 @@ from .mined_examples import FinishedExample, MinedExamples
 from .mined_features import FEATURES_DTYPES, described, described_layout, feature_layout
 from .model_properties import drafts_from_target, eos_token_ids, max_positions
 from .search import SemiGreedySearch
-from .supported import check_models
+from .supported import check_is_model, check_models, check_one_vocabulary
 from .tasks.task import Task, checked_examples, name_of, prompt_ids
 
 
@@ -108,6 +108,7 @@ def mine_mismatches(
     _check_arguments(max_new_tokens, batch_size, features_dtype, seed, temperature)
     temperature = float(temperature)  # as it is compared and written down
     examples = checked_examples(dataset, task)
+    check_is_model(assistant_model)
     draft_length = checked_draft_length(num_assistant_tokens, assistant_model, None)
     check_models(model, assistant_model)
     if drafts_from_target(assistant_model):
@@ -116,6 +117,7 @@ def mine_mismatches(
             "only behind what the target has just read. Mine with an assistant that reads the text: a judge "
             "that reads the target alone serves either."
         )
+    check_one_vocabulary(model, assistant_model)
     if isinstance(draft_length, str):
         raise ValueError(f"`num_assistant_tokens` of mining must be an int of at least 1, got {draft_length!r}.")
     prompts = [

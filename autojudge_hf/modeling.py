@@ -73,7 +73,7 @@ class Judge(nn.Module):
         (folder / CARD_NAME).write_text(card.render(), encoding="utf-8")
 
     def _write(self, folder: Path) -> None:
-        """Config and weights, both or neither."""
+        """Config and weights, once both are whole."""
         if folder.is_file():
             raise OSError(f"Expected a folder to save the judge to, got the file {folder.name}.")
         # In no less than they were trained in, whatever the module was cast to since.
@@ -220,7 +220,7 @@ class TopKJudge(Judge):
     def forward(self, inputs: JudgeInputs) -> torch.Tensor:
         logit = of_candidates(inputs.target_logits, inputs.candidate_ids)
         num_better = (inputs.target_logits > logit[..., None]).sum(dim=-1)
-        return torch.where(logit.isfinite(), num_better.float().clamp(min=0.5).log(), torch.nan)
+        return num_better.float().clamp(min=0.5).log()
 
 
 class RuleJudge(TopKJudge):
@@ -297,9 +297,7 @@ class KLJudge(Judge):
     reads_assistant_logits = True
 
     def forward(self, inputs: JudgeInputs) -> torch.Tensor:
-        kl = kl_divergence(inputs.target_logits, inputs.assistant_logits)
-        candidate = of_candidates(inputs.target_logits, inputs.candidate_ids)
-        return torch.where(candidate.isfinite(), _one_minus_exp(-kl), torch.nan)
+        return _one_minus_exp(-kl_divergence(inputs.target_logits, inputs.assistant_logits))
 
 
 def _one_minus_exp(x: torch.Tensor) -> torch.Tensor:

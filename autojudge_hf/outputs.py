@@ -84,7 +84,7 @@ class KeptOutputs:
             for i in range(num_kept):
                 at = slice(0, first) if first > 1 else slice(i, i + 1)
                 # Gemma 3n's have several streams in front of the rows.
-                self.hidden_states[row].append(tuple(layer[..., j : j + 1, at, :] for layer in states))
+                self.hidden_states[row].append(tuple(layer[..., j : j + 1, at, :].clone() for layer in states))
 
     def scores(self, row: int, new: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
         """Of each token of a row, `new` ones last, shape `(1, v)`, as stock shows them to stopping criteria."""

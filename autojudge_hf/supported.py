@@ -74,7 +74,8 @@ def check_supported(
     # A single prompt may have gaps: `generate` masks whatever looks like padding in it.
     is_padded_behind = mask is not None and not mask[:, -1].all()
     is_padded_behind |= mask is not None and len(mask) > 1 and bool((mask[:, 1:] < mask[:, :-1]).any())
-    lacks_text = _lacks_text(input_ids, mask, cache)
+    is_of_earlier_call = type(cache) is DynamicCache and cache.get_seq_length() > 0
+    lacks_text = is_of_earlier_call and _lacks_text(input_ids, mask, cache)
     layers = other_layers(cache) if type(cache) is DynamicCache else []
     # `generate` has made an empty one of its own, in whose place comes ours.
     is_static = generation_config.cache_implementation == "static" and type(cache) is StaticCache
@@ -117,8 +118,7 @@ def check_supported(
         "an assistant that reads the target's cache or states, and another `assistant_tokenizer`": has_other_tokenizer
         and (shares_cache or reads_layers),
         "a cache of an earlier call with an assistant that reads the target's states (DFlash)": reads_layers
-        and type(cache) is DynamicCache
-        and cache.get_seq_length() > 0,
+        and is_of_earlier_call,
         f"`speculation_type={config.speculation_type!r}` with this assistant": config.speculation_type is not None
         and not (config.speculation_type == "dflash" and reads_layers),
         f"two drafters at once ({', '.join(given)})": len(given) > 1,
@@ -131,14 +131,8 @@ def check_supported(
         _check_shares_cache(model, assistant_model)
     if reads_layers:
         _check_reads_layers(model, assistant_model)
-    has_one_tokenizer = assistant_model is not None and not has_other_tokenizer and not reads_layers
-    if has_one_tokenizer and abs(vocab_size(model) - vocab_size(assistant_model)) > LARGEST_PADDING:
-        raise ValueError(
-            f"The models have different vocabularies: {vocab_size(model)} tokens in the target's, "
-            f"{vocab_size(assistant_model)} in the assistant's. Expected one tokenizer (the padding of its embeddings "
-            "may differ). Mining needs an assistant of the target's own family; `generate` takes others too, with "
-            "both `tokenizer` and `assistant_tokenizer`."
-        )
+    if assistant_model is not None and not has_other_tokenizer and not reads_layers:
+        check_one_vocabulary(model, assistant_model)
     if config.compile_config is not None and not is_static:
         warn_once("Only fixed shapes are compiled: `compile_config` needs `cache_implementation='static'`.")
     owner = _who_prepares_inputs(model)
@@ -189,6 +183,25 @@ def _check_reads_layers(model: PreTrainedModel, assistant_model: PreTrainedModel
 def check_models(*models: PreTrainedModel) -> None:
     """Raises one `ValueError` for models that judge decoding can't do, whatever the call."""
     _refuse(_reasons_of_models(models))
+
+
+def check_is_model(assistant_model: Any) -> None:
+    if not isinstance(assistant_model, torch.nn.Module):
+        raise ValueError(
+            f"`assistant_model` must be a model, got {type(assistant_model).__name__}. Load one with "
+            "`AutoModelForCausalLM.from_pretrained(...)`."
+        )
+
+
+def check_one_vocabulary(model: PreTrainedModel, assistant_model: PreTrainedModel) -> None:
+    """Raises a `ValueError` for models whose tokens can't be the same ones."""
+    if abs(vocab_size(model) - vocab_size(assistant_model)) > LARGEST_PADDING:
+        raise ValueError(
+            f"The models have different vocabularies: {vocab_size(model)} tokens in the target's, "
+            f"{vocab_size(assistant_model)} in the assistant's. Expected one tokenizer (the padding of its embeddings "
+            "may differ). Mining needs an assistant of the target's own family; `generate` takes others too, with "
+            "both `tokenizer` and `assistant_tokenizer`."
+        )
 
 
 def _reasons_of_models(models: Sequence[PreTrainedModel]) -> dict[str, bool]:
@@ -256,9 +269,7 @@ def _has_own_positions(input_ids: torch.Tensor, mask: torch.Tensor | None, posit
     return bool((is_other & (mask[:, columns] != 0)).any())
 
 
-def _lacks_text(input_ids: torch.Tensor, mask: torch.Tensor | None, cache: Any) -> bool:
-    if type(cache) is not DynamicCache or cache.get_seq_length() == 0:
-        return False
+def _lacks_text(input_ids: torch.Tensor, mask: torch.Tensor | None, cache: DynamicCache) -> bool:
     length = input_ids.shape[1]
     return cache.get_seq_length() >= length or (mask is not None and mask.shape[1] != length)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where candidates come from: prompt lookup, the target's first layers, and how many of them a cycle drafts."""
 
+import copy
 import functools
 import itertools
 import math
@@ -9,6 +10,7 @@ import threading
 import pytest
 import reference
 import torch
+from accelerate import cpu_offload
 from conftest import PROMPT, left_padded, random_llama
 from transformers import (
     EpsilonLogitsWarper,
@@ -133,6 +135,23 @@ def test_early_exit_calls_the_callers_own_hooks(random_pair):
             hook.remove()
     # The prefill, the verifications, and one forward for each candidate.
     assert on_model.count == on_layer.count == 1 + output.num_target_forwards.item() + output.num_candidates.item()
+
+
+def test_early_exit_copies_no_weights_of_an_offloaded_model(random_pair, top_k):
+    """They are on the meta device, and what accelerate brings them in from is as large as the model."""
+    model, _ = random_pair
+    options = {"do_sample": False, "max_new_tokens": 20, "assistant_early_exit": 1, "judge": top_k}
+    expected = model.generate(PROMPT, **options)
+    offloaded = cpu_offload(copy.deepcopy(model), execution_device="cpu")
+    weights = {x.data_ptr() for x in weights_held_by_hooks(offloaded)}
+    assert weights and {x.data_ptr() for x in weights_held_by_hooks(first_layers(offloaded, 1))} <= weights
+    assert torch.equal(offloaded.generate(PROMPT, **options), expected)
+
+
+def weights_held_by_hooks(model):
+    hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
+    maps = [hook.weights_map for one in hooks for hook in getattr(one, "hooks", [one]) if hasattr(hook, "weights_map")]
+    return [x for of_map in maps if of_map is not None for x in of_map.dataset.values()]
 
 
 def test_early_exit_drafts_what_the_models_config_says(random_pair, top_k, monkeypatch):

@@ -12,6 +12,7 @@ import torch
 from conftest import random_llama, similar_model
 
 from autojudge_hf import AutoJudge, JudgeConfig, evaluate_judge, evaluation_summary
+from autojudge_hf.checks import NEVER_MINED
 from autojudge_hf.evaluation import paired_interval
 from autojudge_hf.highlighting import highlight_accepted
 from autojudge_hf.measuring import _trimmed, measure_decoding
@@ -200,16 +201,35 @@ def test_prompts_are_looked_at_before_anything_is_decoded(pair, tokenizer):
         hook.remove()
 
 
-def test_stop_strings_of_the_models_own_are_left_out(pair, tokenizer, top_k):
-    """Mining knows none either. (NumPy's numbers are numbers.)"""
-    options = {"thresholds": [0.0], "max_new_tokens": 24, "num_assistant_tokens": np.int64(4)}
+@pytest.mark.parametrize("setting", sorted({"stop_strings", *NEVER_MINED} - {"forced_bos_token_id"}))
+def test_what_mining_never_has_is_left_out(pair, tokenizer, top_k, monkeypatch, caplog, setting):
+    """Whatever the target's own config says, be it of a first token, of others, or of the end."""
+    options = {"thresholds": [0.0], "max_new_tokens": 24, "num_assistant_tokens": np.int64(4)}  # a number is a number
     measure = functools.partial(evaluate_judge, *pair, tokenizer, EXAMPLES, EvenLength(), top_k, **options)
+    own, inputs = (
+        pair[0].generation_config,
+        tokenizer(EXAMPLES[0]["text"], return_tensors="pt", add_special_tokens=False),
+    )
+    first, second, *_, last = pair[0].generate(inputs["input_ids"], do_sample=False, max_new_tokens=8)[0, -8:].tolist()
+    monkeypatch.setattr(own, "eos_token_id", last)
     expected = [row["texts"] for row in measure()]
-    pair[0].generation_config.stop_strings = [expected[0][0][5:7]]
-    try:
-        assert [row["texts"] for row in measure()] == expected
-    finally:
-        pair[0].generation_config.stop_strings = None
+    values = {
+        "stop_strings": [expected[0][0][5:7]],
+        "encoder_repetition_penalty": 3.0,
+        "encoder_no_repeat_ngram_size": 1,
+        "sequence_bias": [[[second], -100.0]],
+        "bad_words_ids": [[second]],
+        "suppress_tokens": [second],
+        "begin_suppress_tokens": [first],
+        "forced_eos_token_id": second,
+        "exponential_decay_length_penalty": (1, 50.0),
+        "min_length": 30,
+        "min_new_tokens": 20,
+    }
+    monkeypatch.setattr(own, setting, values[setting])
+    caplog.clear()
+    assert [row["texts"] for row in measure()] == expected
+    assert not caplog.messages
 
 
 def test_a_response_ends_at_its_first_eos_token():

@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from autojudge_hf import JudgeConfig
+from autojudge_hf import AutoJudge, JudgeConfig
 from autojudge_hf.features import assistant_logit_features, judge_inputs, kl_divergence, logit_features
+from autojudge_hf.judging import Judging
 
 
 def test_positions_and_order():
@@ -40,8 +41,21 @@ def test_logit_features_by_hand():
     assert third == pytest.approx([math.log(0.125), math.log(0.5 / 0.125), math.log(3), entropy])
 
 
-def test_a_forbidden_candidate_has_no_finite_score():
-    """Logits processors say minus infinity: then no judge on these features may accept."""
+@pytest.mark.parametrize("judge_type", ["linear", "mlp", "top_k", "rule", "margin", "entropy", "kl"])
+def test_a_forbidden_candidate_is_never_harmless(judge_type):
+    """Logits processors say minus infinity; the learned judges here would take anything, without a look at that."""
+    size = {"hidden_size": 2} if judge_type in ("linear", "mlp") else {}
+    judge = AutoJudge.from_config(JudgeConfig(judge_type=judge_type, **size))
+    judge.load_state_dict(
+        {name: torch.zeros_like(x) - 50 * (name == "bias") for name, x in judge.state_dict().items()}
+    )
+    logits, states = torch.tensor([[[2.0, 1.9, -math.inf]] * 3]), torch.ones(1, 3, 2)
+    asked = torch.tensor([[1, 2]]), logits, states, None, logits[:, :2]
+    assert Judging(judge, 1 - 1e-9, logits.device)(*asked).tolist() == [[True, False]]
+    assert Judging(judge, 1.0, logits.device)(*asked).tolist() == [[True, True]]
+
+
+def test_a_forbidden_candidate_shows_in_its_logit_features():
     logits = torch.tensor([[[0.0, 1.0, -math.inf]]])
     features = logit_features(torch.tensor([[2]]), logits)[0, 0]
     assert not features.isfinite().all()

@@ -653,6 +653,27 @@ def test_other_settings_are_refused_with_the_differences(random_pair, tmp_path):
         )
 
 
+def test_a_folder_without_examples_belongs_to_nobody(random_pair, tmp_path):
+    """A pair that can't be mined, or a call that ends before its first example, doesn't keep the right one out."""
+    model, _ = random_pair
+    folder = tmp_path / "mined"
+    with pytest.raises(ValueError, match="different vocabularies: 32 tokens.*1100"):
+        mine_random((model, random_llama(vocab_size=1100)), output_dir=folder)
+    with pytest.raises(ValueError, match="`assistant_model` must be a model, got NoneType"):
+        mine_random((model, None), output_dir=folder)
+    assert not folder.exists()
+
+    class Interrupted(LastTokens):
+        def extract_answers(self, examples, texts):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        mine_mismatches(
+            *random_pair, NumberTokenizer(), EXAMPLES[:2], Interrupted(EXAMPLES), max_new_tokens=9, output_dir=folder
+        )
+    assert_same(mine_random(random_pair, EXAMPLES[:2], output_dir=folder), mine_random(random_pair, EXAMPLES[:2]))
+
+
 def test_a_folder_has_one_miner(random_pair, tmp_path):
     class Meanwhile(LastTokens):
         def extract_answers(self, examples, texts):

@@ -119,13 +119,11 @@ def test_training_free_judges_accept_by_their_rules(threshold):
 
 @pytest.mark.parametrize("judge_class", TRAINING_FREE)
 def test_training_free_judges_at_the_ends(judge_class):
-    """Equal models, the best token: accepted by the smallest threshold. A forbidden token: by none below 1."""
+    """Equal models, the best token: accepted by the smallest threshold."""
     judge = judge_class(JudgeConfig(judge_type=judge_class.judge_type))
     certain = torch.tensor([[[50.0, -50.0, -torch.inf]]])
     best = judge(JudgeInputs(torch.tensor([[0]]), certain, torch.empty(1, 1, 0), certain))
     assert best.isfinite().all() and harmless(best, 0.4).all()
-    forbidden = judge(JudgeInputs(torch.tensor([[2]]), certain, torch.empty(1, 1, 0), certain))
-    assert not harmless(forbidden, 1 - 1e-9).any() and harmless(forbidden, 1.0).all()
     # The assistant of a pair with padded vocabularies lacks tokens: minus infinity, and no NaN from it.
     padded = certain.clone()
     padded[..., 1] = -torch.inf

@@ -65,7 +65,7 @@ class Limits:
         num_processes (`int`, *optional*, defaults to 16): processes and threads at a time, with the one that starts
             the program.
         disk_bytes (`int`, *optional*, defaults to 64 MiB): all files together; without namespaces, each file.
-        output_bytes (`int`, *optional*, defaults to 16 MiB): of each result.
+        output_bytes (`int`, *optional*, defaults to 16 MiB): of each result, and of the JSON it is passed on in.
 
     Raises:
         ValueError: for limits under which no program runs.

@@ -76,10 +76,15 @@ def main() -> None:
         max_new_tokens=args.max_new_tokens,
         batch_size=args.batch_size,
     )
-    result = {"num_problems": len(problems), "lossless": rows[0], "judged": rows[1]}
+    of_a_fold = ("folder", "fold", "batch_size", "device_map")
+    settings = {name: value for name, value in vars(args).items() if name not in of_a_fold}
+    result = {"settings": settings, "num_problems": len(problems), "lossless": rows[0], "judged": rows[1]}
     (folder / "result.json").write_text(json.dumps(result))
 
-    results = [json.loads(path.read_text()) for path in sorted(folder.parent.glob("fold-*/result.json"))]
+    found = [json.loads(path.read_text()) for path in sorted(folder.parent.glob("fold-*/result.json"))]
+    results = [result for result in found if result.get("settings") == settings]
+    if len(results) < len(found):
+        print(f"left out: {len(found) - len(results)} folds that were solved under other settings")
     total = sum(result["num_problems"] for result in results)
     print(f"{total} problems, {len(results)} of {args.num_folds} folds, each with the judge of the others")
     for name in ("lossless", "judged"):
