@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .configuration import JudgeConfig
+from .verification import of_candidates
 
 
 class JudgeInputs(NamedTuple):
@@ -83,11 +84,6 @@ def logit_features(candidate_ids: torch.LongTensor, target_logits: torch.Tensor)
     num_better = (log_p > candidate).sum(dim=-1, keepdim=True, dtype=torch.float32)
     margin = log_p.amax(dim=-1, keepdim=True) - candidate
     return torch.cat([candidate, margin, num_better.log1p(), entropy(log_p)[..., None]], dim=-1)
-
-
-def of_candidates(values: torch.Tensor, candidate_ids: torch.LongTensor) -> torch.Tensor:
-    """The candidates' own entries, `(b, k, v)` to `(b, k)`."""
-    return values.gather(2, candidate_ids[..., None]).squeeze(2)
 
 
 def entropy(log_p: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .features import of_candidates
 from .model_properties import input_device
+from .verification import of_candidates
 
 
 if TYPE_CHECKING:

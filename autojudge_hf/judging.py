@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .features import judge_inputs, of_candidates
-from .verification import harmless
+from .features import judge_inputs
+from .verification import harmless, of_candidates
 
 
 if TYPE_CHECKING:

@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .configuration import JudgeConfig
-from .features import JudgeInputs, entropy, kl_divergence, of_candidates
+from .features import JudgeInputs, entropy, kl_divergence
 from .hub import check_subfolder, create_repo, push_folder
 from .model_card import JudgeCard, render_custom_generate
 from .plots import can_plot, plot_trade_off
+from .verification import of_candidates
 
 
 if TYPE_CHECKING:

@@ -70,6 +70,11 @@ class Verification(NamedTuple):
         return outcomes
 
 
+def of_candidates(values: torch.Tensor, candidate_ids: torch.LongTensor) -> torch.Tensor:
+    """The candidates' own entries, `(b, k, v)` to `(b, k)`."""
+    return values.gather(2, candidate_ids[..., None]).squeeze(2)
+
+
 def harmless(score_logits: torch.Tensor, threshold: float) -> torch.Tensor:
     """Which scores fall below `threshold`, compared as logits.
 
@@ -127,8 +132,7 @@ def verify_sampled(
             is_candidate = torch.arange(k, device=p.device) < candidate_ids.new_tensor(lengths)[:, None]
             drawn_from = drawn_from * is_candidate[..., None]
         q[:, :k] = drawn_from
-    p_candidate = p[:, :-1].gather(2, candidate_ids[..., None]).squeeze(2)
-    q_candidate = q[:, :k].gather(2, candidate_ids[..., None]).squeeze(2)
+    p_candidate, q_candidate = of_candidates(p[:, :-1], candidate_ids), of_candidates(q[:, :k], candidate_ids)
     matches = torch.rand_like(q_candidate) * q_candidate < p_candidate
 
     residual = (p - q).clamp(min=0)

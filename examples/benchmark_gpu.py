@@ -19,11 +19,13 @@ Half an hour or so with all rows, by estimate: on an H100 a first call took 50 t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gc
 import itertools
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +33,8 @@ import torch
 from arguments import check_ways, positive_int, share
 from torch._dynamo.utils import counters
 from torch._inductor import cudagraph_trees
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -155,6 +159,26 @@ def timed(device: str, call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive, the models' weights among them; `peak` is the most there were."""
+
+    def __init__(self, *models: PreTrainedModel):
+        super().__init__()
+        weights = [x.untyped_storage() for model in models for x in model.parameters()]
+        self._alive = {storage._cdata: storage.nbytes() for storage in weights}
+        self.peak = sum(self._alive.values())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        storages = [x.untyped_storage() for x in tree_leaves(outputs) if isinstance(x, torch.Tensor)]
+        if new := {x._cdata: x for x in storages if x._cdata not in self._alive}:
+            for address, storage in new.items():
+                self._alive[address] = storage.nbytes()
+                weakref.finalize(storage, self._alive.pop, address)
+            self.peak = max(self.peak, sum(self._alive.values()))
+        return outputs
+
+
 def weight_bytes(model: PreTrainedModel) -> int:
     """What a forward reads; of the embeddings it's only a row."""
     embeddings = model.get_input_embeddings().weight
@@ -209,7 +233,8 @@ def first_calls(model: PreTrainedModel, draft: PreTrainedModel, way: Way, args) 
     options = {"input_ids": inputs, "do_sample": False, "max_new_tokens": args.num_tokens, **way.arguments}
     first, (responses, forwards, decisions) = timed(args.device, functools.partial(decode_batch, model, options))
     generate = functools.partial(model.generate, **options)
-    timed(args.device, generate)
+    with LiveBytes(model, draft) if args.device == "cpu" else contextlib.nullcontext() as counted:
+        timed(args.device, generate)
     # Ours counts cycles, of which the prefill isn't one; stock drafts from its first forward on.
     new = (args.num_tokens - 1) * way.batch_size
     counted_up = inputs[:, -1:] + 1 + torch.arange(args.num_tokens, device=args.device)
@@ -221,7 +246,7 @@ def first_calls(model: PreTrainedModel, draft: PreTrainedModel, way: Way, args) 
         "first": first,
         "tokens_per_cycle": args.num_tokens / forwards[0] if decisions is None else new / sum(forwards),
         "seconds": [],
-        "peak": 0,
+        "peak": counted.peak if counted else 0,
         "new_graphs": 0,
     }
 
@@ -290,7 +315,10 @@ def main() -> None:
     print(f"{args.pair}, {args.dtype}, {args.device}; {args.num_tokens} tokens after {args.prompt_length}")
     print(f"copies: {rate / 1e9:.0f} GB/s; weights: {read / 1e9:.2f} and {read_by_draft / 1e9:.2f} GB")
     print("roofline: tokens/s if a cycle took no longer than to read the weights\n")
-    header = "decoding|draft length|batch|tokens per cycle|tokens/s|to roofline|first call, s|peak GB"
+    held = sum(x.nbytes for x in (*model.parameters(), *draft.parameters()))
+    header = (
+        "decoding|draft length|batch|tokens per cycle|tokens/s|to roofline|first call, s|peak MB beside the weights"
+    )
     header += "|the target's tokens|graphs missed|new graphs"
     print_row(header.split("|"))
     print_row(["---"] * (header.count("|") + 1))
@@ -313,7 +341,7 @@ def main() -> None:
             speed = b * args.num_tokens / statistics.median(row["seconds"])
             roofline = b * row["tokens_per_cycle"] * rate / (read + k * read_by_draft)
             cells = [name, k or "", b, f"{row['tokens_per_cycle']:.2f}", f"{speed:.0f}", f"{speed / roofline:.2f}"]
-            cells += [f"{row['first']:.1f}", f"{row['peak'] / 1e9:.2f}"]
+            cells += [f"{row['first']:.1f}", f"{(row['peak'] - held) / 1e6:.1f}"]
             cells += ["" if is_judged else "yes" if row["is_right"] else "NO", row["graphs_missed"], row["new_graphs"]]
             print_row(cells)
 

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from benchmark import only, ways_to_decode
 from benchmark_gpu import PAIRS as GPU_PAIRS
-from benchmark_gpu import counting_model, parse_arguments, planted_pair
+from benchmark_gpu import LiveBytes, counting_model, parse_arguments, planted_pair
 from compare_features import auc_samples, weights_of
 from compare_judges import share_of_gap
 from half_precision import spacings
@@ -138,6 +138,26 @@ def test_a_fold_is_left_out(tmp_path):
             assert result.returncode == 0, result.stderr
             weights.append((tmp_path / name / f"fold-{fold}" / "judge" / "model.safetensors").read_bytes())
     assert weights[0] == weights[2] and weights[1] != weights[3]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED_DATA / "livecodebench").exists(), reason="no shared LiveCodeBench rows here")
+def test_folds_are_summed_if_they_were_solved_alike(tmp_path, top_k):
+    """On real rows; two of three folds, and one of an earlier run with another number of them."""
+    top_k.save_pretrained(tmp_path / "fold-1" / "judge")
+    generate = ["examples/livecodebench/generate.py", "--folder", tmp_path, "--fold", "1", "--num_folds", "3"]
+    generate += ["--model_name_or_path", PAIR / "target", "--assistant_model_name_or_path", PAIR / "draft"]
+    generate += ["--data_file", SHARED_DATA / "livecodebench" / "rows.jsonl", "--dtype", "float32"]
+    generate += ["--max_examples", "3", "--max_new_tokens", "8", "--device_map", "cpu"]
+    first = run(*generate)
+    assert first.returncode == 0 and "1 problems, 1 of 3 folds" in first.stdout, first.stderr
+    result = json.loads((tmp_path / "fold-1" / "result.json").read_text())
+    for fold, num_folds in ((0, 3), (3, 4)):
+        (tmp_path / f"fold-{fold}").mkdir()
+        other = {**result, "settings": {**result["settings"], "num_folds": num_folds}}
+        (tmp_path / f"fold-{fold}" / "result.json").write_text(json.dumps(other))
+    second = run(*generate)
+    assert "left out: 1 folds" in second.stdout and "2 problems, 2 of 3 folds" in second.stdout
 
 
 def test_show_mismatches(tmp_path, tokenizer):
@@ -459,6 +479,32 @@ def test_the_gpu_that_is_asked_for_is_the_current_one(monkeypatch):
         monkeypatch.setattr(sys, "argv", ["benchmark_gpu.py", "--device", device, "--num_threads", "1"])
         assert parse_arguments(argparse.ArgumentParser()).device == device
     assert current == ["cuda:0", "cuda:1"]
+
+
+def test_bytes_are_counted_while_they_live():
+    with LiveBytes() as counted:
+        a = torch.zeros(1000)
+        b = a + 1
+        del a
+        view = b.view(10, 100)
+        del b
+        view *= 2
+        assert counted.peak == 8000
+        torch.cat([view, view])
+        assert counted.peak == 12000
+        torch.zeros(2000)
+        assert counted.peak == 12000
+
+
+def test_decoding_takes_no_more_memory_than_stock(random_pair, top_k):
+    model, assistant = random_pair
+    prompt, options = torch.arange(200)[None] % 32, {"do_sample": False, "max_new_tokens": 40}
+    peaks = []
+    for judge in ({}, {"judge": top_k, "num_assistant_tokens": 8}):
+        with LiveBytes(*random_pair) as counted:
+            model.generate(prompt, assistant_model=assistant, **options, **judge)
+        peaks.append(counted.peak)
+    assert sum(x.nbytes for model in random_pair for x in model.parameters()) < peaks[1] <= peaks[0]
 
 
 def test_what_is_timed_is_a_cycle():
