@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -85,13 +84,6 @@ def rewind(cache: Cache, removed: Sequence[int]) -> None:
         layer.crop(-least)
 
 
-def with_layers_of_its_own(cache: DynamicCache) -> DynamicCache:
-    """The same keys and values in another cache: what this one adds or takes back leaves `cache` as it is."""
-    other = copy.copy(cache)
-    other.layers = [copy.copy(layer) for layer in cache.layers]
-    return other
-
-
 def leave_behind(cache: Cache, length: int) -> None:
     """Leaves a cache of one row for others to go on with: `length` tokens at most, outside of inference mode.
 
@@ -103,6 +95,16 @@ def leave_behind(cache: Cache, length: int) -> None:
         layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.record_past = False  # or it would forget nothing from now on
+
+
+def use_up(cache: DynamicCache) -> None:
+    """Empties a batch's cache, whose rows took different numbers of tokens back and left one after the other."""
+    for layer in cache.layers:
+        layer.is_initialized = False  # or tensors would be filled with zeros, and stay
+        layer.reset()
+        layer.keys = layer.values = None
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.record_past = False
 
 
 def shrink(cache: Cache, rows: Sequence[int], num_columns: int) -> None:

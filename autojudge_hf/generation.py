@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .caches import leave_behind, num_cached, rewind, rewindable_cache, shrink, with_layers_of_its_own
+from .caches import leave_behind, num_cached, rewind, rewindable_cache, shrink, use_up
 from .candidate_generator import JudgeCandidateGenerator
 from .certain_drafts import PromptLookup
 from .checks import checked_draft_length, checked_judge, warn_once
@@ -136,13 +136,12 @@ def judge_decoding(
                 length = longest + min(draft_length.longest, budget)
                 assistant_cache = fixed(assistant_model, length, [1, 2], judging.reads_assistant)
         else:
-            if len(input_ids) > 1:
-                # Rows take different numbers of tokens back, and leave: a cache of the caller's isn't to lose them.
-                cache = with_layers_of_its_own(cache)
             cache.activate_past_recording()
-        if len(input_ids) == 1 and not isinstance(cache, FixedCache):
-            # However it ends: a cache of the caller's has what is committed.
-            at_end.callback(lambda: leave_behind(cache, rows.input_ids.shape[1] - 1))
+        if not isinstance(cache, FixedCache):
+            # However it ends: a cache of the caller's has what is committed, or nothing.
+            at_end.callback(
+                lambda: leave_behind(cache, rows.input_ids.shape[1] - 1) if len(input_ids) == 1 else use_up(cache)
+            )
         drafter = candidate_generator or _drafter(
             at_end,
             model,

@@ -389,13 +389,10 @@ def test_a_batch_continues_from_a_cache(random_pair, top_k):
     with torch.no_grad():
         model(**known, **{CACHE_NAME: cache})
     options = {"do_sample": False, "max_new_tokens": 20, "assistant_model": assistant, "judge": top_k}
-    held = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
-    for _ in range(2):  # the caller's stays as it came
+    for length in (cache.get_seq_length(), 0):  # a batch's cache is used up, and may be filled again
+        assert cache.get_seq_length() == length
         got = model.generate(**inputs, **{CACHE_NAME: cache}, judge_threshold=0.0, **options)
         assert torch.equal(got, whole)
-    assert all(
-        torch.equal(a.keys, keys) and torch.equal(a.values, values) for a, (keys, values) in zip(cache.layers, held)
-    )
     with pytest.raises(ValueError, match="on the right or within"):
         mask = inputs["attention_mask"].clone()
         mask[0, 2] = 0
