@@ -10,7 +10,7 @@ import reference
 import torch
 from conftest import MAX_NEW_TOKENS, left_padded, random_llama
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import ByT5Tokenizer, DynamicCache, PreTrainedTokenizerFast, pipeline
+from transformers import ByT5Tokenizer, DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, pipeline
 from transformers.utils import logging
 
 from autojudge_hf import AutoJudge, JudgeConfig, calibrate_threshold, evaluate_judge, judge_decoding
@@ -266,6 +266,25 @@ def test_an_assistant_without_positions_left_drafts_nothing(target, tokenizer, p
         )
         assert (output.num_candidates.item() > 0) == drafts
         assert output.sequences[0].tolist() == prompts[0] + expected[0][:30]
+
+
+def test_no_row_of_a_batch_is_drafted_past_the_assistants_positions(target, tokenizer, prompts, expected, top_k):
+    """An assistant with a table of positions would fail there."""
+    assistant_tokenizer = of_bytes()
+    texts = tokenizer.batch_decode(prompts[:2], skip_special_tokens=True)
+    lengths = sorted(len(assistant_tokenizer.encode(text)) for text in texts)
+    sizes = {"n_positions": lengths[-1] + 8, "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 257}
+    torch.manual_seed(0)
+    assistant = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=None)).eval()
+    assert lengths[0] + 8 < lengths[-1]
+    inputs = left_padded(prompts[:2])
+    pair = {"assistant_model": assistant, "tokenizer": tokenizer, "assistant_tokenizer": assistant_tokenizer}
+    output = target.generate(
+        **inputs, judge=top_k, num_assistant_tokens=8, **pair, **{**LOSSLESS, "max_new_tokens": 40}
+    )
+    assert (output.num_candidates > 0).all() and (output.num_candidates < 8 * output.num_target_forwards).all()
+    for got, row in zip(output.sequences[:, inputs["input_ids"].shape[1] :].tolist(), expected):
+        assert got[: len(row)] == row
 
 
 @pytest.mark.slow
