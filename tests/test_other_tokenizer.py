@@ -14,7 +14,7 @@ from transformers import ByT5Tokenizer, DynamicCache, GPT2Config, GPT2LMHeadMode
 from transformers.utils import logging
 
 from autojudge_hf import AutoJudge, JudgeConfig, calibrate_threshold, evaluate_judge, judge_decoding
-from autojudge_hf.other_tokenizer import OtherTokenizer
+from autojudge_hf.other_tokenizer import OtherTokenizer, _Translation
 from autojudge_hf.tasks import GSM8K
 
 
@@ -266,6 +266,30 @@ def test_an_assistant_without_positions_left_drafts_nothing(target, tokenizer, p
         )
         assert (output.num_candidates.item() > 0) == drafts
         assert output.sequences[0].tolist() == prompts[0] + expected[0][:30]
+
+
+def test_a_cycles_work_doesnt_grow_with_the_text(target, tokenizer, others, prompts, top_k, monkeypatch):
+    """The assistant runs what is new, and only the end of a text is told and cut again."""
+    other, other_tokenizer = others
+    told, run, translate = [], [], _Translation.__call__
+
+    def counted(self, before, tokens):
+        told.append(len(tokens))
+        return translate(self, before, tokens)
+
+    monkeypatch.setattr(_Translation, "__call__", counted)
+    hook = other.register_forward_pre_hook(lambda *args: run.append(args[2]["input_ids"].shape[1]), with_kwargs=True)
+    pair = {"assistant_model": other, "tokenizer": tokenizer, "assistant_tokenizer": other_tokenizer}
+    try:
+        output = target.generate(torch.tensor(prompts[:1]), judge=top_k, num_assistant_tokens=2, **pair, **LOSSLESS)
+    finally:
+        hook.remove()
+    cycles, candidates = output.num_target_forwards.item(), output.num_candidates.item()
+    # The newest tokens, one or two, and the draft but for its last; at first the prompt.
+    assert sum(run) <= len(prompts[0]) + 1 + candidates + 2 * cycles
+    often = 2 * OtherTokenizer.UNSETTLED + 3
+    assert output.sequences.shape[1] > often + 40 and cycles > 40
+    assert sum(n > often for n in told) <= 1 + OtherTokenizer.NUM_TRIED
 
 
 def test_no_row_of_a_batch_is_drafted_past_the_assistants_positions(target, tokenizer, prompts, expected, top_k):
