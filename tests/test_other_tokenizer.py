@@ -387,6 +387,18 @@ def test_special_tokens_that_both_have_are_kept(target, draft, tokenizer, others
     assert other_tokenizer.convert_ids_to_tokens(told) == tokenizer.convert_ids_to_tokens(prompts[0])
 
 
+def test_a_draft_ends_before_the_first_token_that_only_the_tokenizer_has(draft, tokenizer, others):
+    """The target has no embedding for it. What the assistant wrote behind its end isn't read."""
+    other, other_tokenizer = others
+    drafter = OtherTokenizer(other, draft, tokenizer, other_tokenizer)
+    size, (eos, *_), read = draft.config.vocab_size, sorted(drafter.assistant.eos_token_ids), []
+    translated = [5, size - 1, size, 6]
+    drafter._to_target = lambda before, tokens: read.append(tokens) or translated
+    assert drafter._translated([], [7, 8]) == [5, size - 1]
+    drafter._translated([], [7, eos, 8])
+    assert read == [[7, 8], [7, eos]]
+
+
 def test_special_tokens_that_one_lacks_are_no_text(target, draft, tokenizer, prompts):
     told = heard(target, draft, tokenizer, of_bytes(), prompts[0])
     assert of_bytes().decode(told) == tokenizer.decode(prompts[0], skip_special_tokens=True)
