@@ -19,7 +19,7 @@ from arguments import positive_int
 # A token is of the first kind whose pattern fits it, blanks around it left out.
 KINDS = {
     "line breaks and blanks": r"",
-    "ends of responses": r"<\|.*\|>|</s>",
+    "ends of responses": r"<\W.*\W>|</s>|<eos>|<end_of_turn>",
     "numbers": r"-?\d[\d.,]*",
     "operators and comparisons": r"[-+*/%=<>!&|^~:]+|and|or|not|in|is",
     "other signs": r"[\W_]+",
