@@ -11,6 +11,7 @@ from statistics import NormalDist
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+from .checks import check_is_judge
 from .configuration import checked_threshold, public_name
 from .evaluation import check_names, evaluation_summary, listed, rows_one_by_one
 from .tasks import Task
@@ -87,6 +88,8 @@ def calibrate_threshold(
         )
     if not 0.5 <= confidence < 1.0:
         raise ValueError(f"`confidence` must be at least 0.5 and below 1, got {confidence!r}.")
+    check_is_judge(judge)
+    replace(judge.config)  # what is wrong with it is told now
     check_names(dataset_name=dataset_name, split=split)
     dataset_name = public_name(dataset_name)
     check_names(dataset_name=dataset_name)  # of a path, a name may be left or not

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +12,7 @@ import numpy as np
 from transformers import GenerationConfig
 
 from .checks import NEVER_MINED, check_is_judge, checked_judge
+from .configuration import public_name
 from .generation import judge_decoding
 from .measuring import measure_decoding
 from .other_tokenizer import is_other_tokenizer
@@ -120,6 +122,9 @@ def evaluation_summary(
         `mean_response_length` (tokens), and what the arguments say.
     """
     check_names(dataset=dataset, split=split)
+    dataset = public_name(dataset)
+    if isinstance(num_assistant_tokens, numbers.Integral):
+        num_assistant_tokens = int(num_assistant_tokens)
     if not rows or rows[0]["threshold"] is not None:
         got = f"that of threshold {rows[0]['threshold']}" if rows else "no rows"
         raise ValueError(f"The first row must be the lossless one, got {got}.")

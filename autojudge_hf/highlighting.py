@@ -21,8 +21,8 @@ def highlight_accepted(
 ) -> str:
     """The response of a greedily decoded `sequence`, with the tokens the target wouldn't have written in colour.
 
-    One forward of the target over the whole sequence of shape `(length,)`; in a judged response these tokens are the
-    mismatches that the judge accepted. Colours are ANSI codes, for a terminal.
+    One forward of the target over the whole sequence of shape `(length,)`, without padding; in a judged response these
+    tokens are the mismatches that the judge accepted. Colours are ANSI codes, for a terminal.
     """
     sequence = sequence.to(input_device(model))
     response = sequence[prompt_length:]

@@ -112,6 +112,8 @@ class JudgeTrainer:
         self._warn_of_weak_data(aucs[best])
         self.judge.load_state_dict(fits[best] if fits else fit_judges(self.args, *self._train, [grid[best]])[0])
         self.judge.config.threshold = self._threshold_by_recall()
+        # Whatever was measured was measured of other weights.
+        self.judge.config.thresholds, self.judge.config.evaluation = {}, []
         metrics = self.evaluate()
         self.judge.config.training = self._figures(grid[best])
         self.state.log_history.append({"best_C": grid[best], **metrics})
@@ -196,7 +198,7 @@ class JudgeTrainer:
     ) -> None:
         """Writes the judge's README.md, and the plot it shows.
 
-        What is told here stays in the judge's config, for later cards.
+        What is told here stays in the judge's config, for later cards: tell it before `save_model`.
 
         Args:
             output_dir (`str`, *optional*): folder to write to, `args.output_dir` by default.

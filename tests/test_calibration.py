@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import binom
 
 import autojudge_hf.calibration
-from autojudge_hf import calibrate_threshold
+from autojudge_hf import calibrate_threshold, evaluation_summary
 from autojudge_hf.calibration import is_within_budget
 
 
@@ -113,6 +113,23 @@ def test_a_local_file_calibrates_twice(monkeypatch, top_k, tmp_path):
         top_k.save_pretrained(tmp_path / "judge")
     assert {row["dataset"] for row in top_k.config.evaluation} == {"problems.jsonl"}
     assert str(tmp_path) not in (tmp_path / "judge" / "config.json").read_text()
+
+
+def test_a_judge_that_could_not_be_saved_is_refused_before_anything_is_decoded(monkeypatch, top_k, tmp_path):
+    """Say, with a split's rows twice, by the names of files in two folders, which are written nowhere."""
+    rows = calibrated(monkeypatch, top_k, [[True] * 9, [True] * 9])
+    for folder in ("a", "b"):
+        file = str(tmp_path / folder / "problems.jsonl")
+        top_k.config.evaluation += evaluation_summary(
+            rows, dataset=file, split="test", num_assistant_tokens=np.int64(8)
+        )
+    assert [row["dataset"] for row in top_k.config.evaluation[2:]] == ["problems.jsonl"] * 4
+    monkeypatch.setattr(autojudge_hf.calibration, "rows_one_by_one", None)
+    options = {"dataset_name": "made-up", "max_new_tokens": 8, "thresholds": [0.1]}
+    with pytest.raises(ValueError, match="`evaluation` must have one lossless row"):
+        calibrate_threshold(None, None, None, [None], None, top_k, **options)
+    del top_k.config.evaluation[4:]
+    top_k.save_pretrained(tmp_path / "judge")
 
 
 def test_the_budget_is_kept_as_often_as_promised(monkeypatch, top_k):

@@ -111,7 +111,11 @@ ON_CPU = "--pair tiny --device cpu"
         ("livecodebench/mine", "--output_dir runs/never --max_examples -1", "--max_examples must be at least 1"),
         ("livecodebench/train", "--folder runs/never --num_folds 0", "--num_folds must be at least 2, got 0."),
         ("livecodebench/generate", "--folder runs/never --fold 0 --max_examples -1", "--max_examples must be"),
-        ("livecodebench/generate", "--folder runs/never --fold 3", "train.py --folder runs/never --fold 3."),
+        (
+            "livecodebench/generate",
+            "--folder runs/never --fold 3",
+            "train.py --folder runs/never --fold 3 --num_folds 5.",
+        ),
     ],
 )
 def test_nonsense_is_refused_before_anything_is_loaded(script, arguments, expected, monkeypatch, capsys):
@@ -136,26 +140,26 @@ def test_a_fold_is_left_out(tmp_path):
         for fold in ("2", "3"):
             result = run("examples/livecodebench/train.py", "--folder", tmp_path / name, "--fold", fold)
             assert result.returncode == 0, result.stderr
-            weights.append((tmp_path / name / f"fold-{fold}" / "judge" / "model.safetensors").read_bytes())
+            weights.append((tmp_path / name / f"fold-{fold}-of-5" / "judge" / "model.safetensors").read_bytes())
     assert weights[0] == weights[2] and weights[1] != weights[3]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (SHARED_DATA / "livecodebench").exists(), reason="no shared LiveCodeBench rows here")
 def test_folds_are_summed_if_they_were_solved_alike(tmp_path, top_k):
-    """On real rows; two of three folds, and one of an earlier run with another number of them."""
-    top_k.save_pretrained(tmp_path / "fold-1" / "judge")
+    """On real rows; two of three folds, one by another draft length, and one of an earlier run with four folds."""
+    top_k.save_pretrained(tmp_path / "fold-1-of-3" / "judge")
     generate = ["examples/livecodebench/generate.py", "--folder", tmp_path, "--fold", "1", "--num_folds", "3"]
     generate += ["--model_name_or_path", PAIR / "target", "--assistant_model_name_or_path", PAIR / "draft"]
     generate += ["--data_file", SHARED_DATA / "livecodebench" / "rows.jsonl", "--dtype", "float32"]
     generate += ["--max_examples", "3", "--max_new_tokens", "8", "--device_map", "cpu"]
     first = run(*generate)
     assert first.returncode == 0 and "1 problems, 1 of 3 folds" in first.stdout, first.stderr
-    result = json.loads((tmp_path / "fold-1" / "result.json").read_text())
-    for fold, num_folds in ((0, 3), (3, 4)):
-        (tmp_path / f"fold-{fold}").mkdir()
-        other = {**result, "settings": {**result["settings"], "num_folds": num_folds}}
-        (tmp_path / f"fold-{fold}" / "result.json").write_text(json.dumps(other))
+    result = json.loads((tmp_path / "fold-1-of-3" / "result.json").read_text())
+    for folder, length in (("fold-0-of-3", 16), ("fold-2-of-3", 8), ("fold-2-of-4", 16)):
+        (tmp_path / folder).mkdir()
+        other = {**result, "settings": {**result["settings"], "num_assistant_tokens": length}}
+        (tmp_path / folder / "result.json").write_text(json.dumps(other))
     second = run(*generate)
     assert "left out: 1 folds" in second.stdout and "2 problems, 2 of 3 folds" in second.stdout
 

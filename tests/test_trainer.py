@@ -247,6 +247,16 @@ def test_split_is_by_example(tmp_path):
     assert len(few.eval_dataset) == 8 and len(few.train_dataset) == 16
 
 
+def test_training_again_forgets_what_was_measured_before(tmp_path):
+    """Named thresholds and curves are of the weights that they were measured with."""
+    ours = trainer(tmp_path, made_up(), made_up(seed=1), C_grid=[1e-3])
+    ours.train()
+    ours.judge.config.thresholds = {"1 point": 0.4}
+    ours.judge.config.evaluation = [{"threshold": None}]
+    ours.train()
+    assert ours.judge.config.thresholds == {} and ours.judge.config.evaluation == []
+
+
 @pytest.mark.parametrize("recall", [0.5, 0.9, 1.0])
 def test_threshold_is_the_highest_with_the_recall(tmp_path, recall):
     ours = trainer(tmp_path, made_up(), recall=recall)

@@ -15,7 +15,9 @@ from transformers import HfArgumentParser
 
 @dataclass
 class Arguments:
-    folder: str = field(metadata={"help": "What mine.py wrote to; the judge is in its `fold-<number>/judge`."})
+    folder: str = field(
+        metadata={"help": "What mine.py wrote to; the judge is in its `fold-<number>-of-<folds>/judge`."}
+    )
     fold: int = field(metadata={"help": "Fold to solve, from 0."})
     num_folds: int = field(default=5, metadata={"help": "As in train.py."})
     model_name_or_path: str = field(default="Qwen/Qwen2.5-7B-Instruct", metadata={"help": "The target."})
@@ -44,10 +46,11 @@ def main() -> None:
     if not 0 <= args.fold < args.num_folds:
         raise SystemExit(f"--fold must be from 0 to {args.num_folds - 1}, got {args.fold}.")
 
-    folder = Path(args.folder) / f"fold-{args.fold}"
+    folder = Path(args.folder) / f"fold-{args.fold}-of-{args.num_folds}"
     if not (folder / "judge").exists():
         raise SystemExit(
-            f"There is no judge in {folder}: train it first, with train.py --folder {args.folder} --fold {args.fold}."
+            f"There is no judge in {folder}: train it first, with train.py --folder {args.folder} --fold {args.fold} "
+            f"--num_folds {args.num_folds}."
         )
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -76,12 +79,14 @@ def main() -> None:
         max_new_tokens=args.max_new_tokens,
         batch_size=args.batch_size,
     )
-    of_a_fold = ("folder", "fold", "batch_size", "device_map")
+    of_a_fold = ("folder", "fold", "device_map")
     settings = {name: value for name, value in vars(args).items() if name not in of_a_fold}
     result = {"settings": settings, "num_problems": len(problems), "lossless": rows[0], "judged": rows[1]}
     (folder / "result.json").write_text(json.dumps(result))
 
-    found = [json.loads(path.read_text()) for path in sorted(folder.parent.glob("fold-*/result.json"))]
+    found = [
+        json.loads(path.read_text()) for path in sorted(folder.parent.glob(f"fold-*-of-{args.num_folds}/result.json"))
+    ]
     results = [result for result in found if result.get("settings") == settings]
     if len(results) < len(found):
         print(f"left out: {len(found) - len(results)} folds that were solved under other settings")

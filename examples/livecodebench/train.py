@@ -14,7 +14,9 @@ from transformers import HfArgumentParser
 
 @dataclass
 class Arguments:
-    folder: str = field(metadata={"help": "What mine.py wrote to; the judge goes to its `fold-<number>/judge`."})
+    folder: str = field(
+        metadata={"help": "What mine.py wrote to; the judge goes to its `fold-<number>-of-<folds>/judge`."}
+    )
     fold: int | None = field(default=None, metadata={"help": "Fold to leave out, from 0. Default: train on all."})
     num_folds: int = field(default=5, metadata={"help": "Problem i is in fold i modulo this."})
     recall: float = field(default=0.9, metadata={"help": "Share of important mismatches the threshold rejects."})
@@ -39,7 +41,7 @@ def main() -> None:
     if args.fold is not None:
         folds = [number % args.num_folds for number in mined["example_id"]]
         mined = mined.select([i for i, fold in enumerate(folds) if fold != args.fold])
-    output_dir = folder / ("all" if args.fold is None else f"fold-{args.fold}") / "judge"
+    output_dir = folder / ("all" if args.fold is None else f"fold-{args.fold}-of-{args.num_folds}") / "judge"
     training_args = JudgeTrainingArguments(
         output_dir=str(output_dir),
         recall=args.recall,
