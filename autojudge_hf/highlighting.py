@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .mined_rows import inner_text
 from .model_properties import input_device
 from .verification import of_candidates
 
@@ -34,6 +35,6 @@ def highlight_accepted(
     for token, own in zip(response.tolist(), is_own.tolist()):
         if token in tokenizer.all_special_ids:
             continue
-        text = tokenizer.decode([token])
+        text = inner_text(tokenizer, [token])
         parts.append(text if own else f"\033[30;43m{text}\033[0m")
     return "".join(parts)

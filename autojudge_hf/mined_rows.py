@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import datasets
+    from transformers import PreTrainedTokenizerBase
 
 
 def pairs_in(mined: datasets.Dataset) -> set[str]:
@@ -58,3 +59,9 @@ def to_dataset(rows: list[dict[str, Any]], pair: dict[str, Any]) -> datasets.Dat
     constant = json.dumps(pair, sort_keys=True)
     columns = {name: [row[name] for row in rows] for name in features if name != "pair"}
     return datasets.Dataset.from_dict({**columns, "pair": [constant] * len(rows)}, features=features)
+
+
+def inner_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+    """What tokens say inside a text: at its start, SentencePiece's would lose their leading blank."""
+    first = token_ids[:1]
+    return tokenizer.decode(first + token_ids)[len(tokenizer.decode(first)) :]

@@ -27,6 +27,7 @@ from .configuration import JudgeConfig
 from .features import judge_inputs
 from .generation import judge_decoding
 from .mined_examples import MinedExample
+from .mined_rows import inner_text
 from .model_properties import CACHE_NAME, eos_token_ids, input_device, of_vocabulary, vocab_size
 from .prefixes import Prefixes
 from .rows import MaxRowLengths
@@ -258,8 +259,8 @@ class SemiGreedySearch:
                 "position": s.position,
                 "candidate_token_id": candidate,
                 "target_token_id": target,
-                "candidate_token": self.tokenizer.decode([candidate]),
-                "target_token": self.tokenizer.decode([target]),
+                "candidate_token": inner_text(self.tokenizer, [candidate]),
+                "target_token": inner_text(self.tokenizer, [target]),
                 "label": int(important),
                 "features": s.features,
             }

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from arguments import positive_int
 
+from autojudge_hf.mined_rows import inner_text
+
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -45,7 +47,7 @@ def section(rows: list[dict], tokenizer) -> str:
     tokens = [*last["input_ids"], last["target_token_id"] if last["label"] else last["candidate_token_id"]]
     parts, start = [], last["prompt_length"]
     for row in rows:
-        parts.append(html.escape(tokenizer.decode(tokens[start : row["position"]])))
+        parts.append(html.escape(inner_text(tokenizer, tokens[start : row["position"]])))
         kind = "important" if row["label"] else "harmless"
         tip = f"assistant: {row['candidate_token']!r}   target: {row['target_token']!r}"
         kept = html.escape(row["target_token"] if row["label"] else row["candidate_token"])

@@ -266,21 +266,23 @@ def test_paired_interval():
     assert paired_interval(second, first)[0] == pytest.approx(-high, abs=0.005)
 
 
-def test_highlighted_are_the_accepted_mismatches(pair, tokenizer, top_k):
-    model, assistant = pair
-    ids = tokenizer(EXAMPLES[0]["text"], return_tensors="pt", add_special_tokens=False)["input_ids"]
+def test_highlighted_are_the_accepted_mismatches(target, draft, tokenizer, test_problems, top_k):
+    prompt = GSM8K().prompt(test_problems[0], tokenizer)
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     for threshold in (0.0, 0.8):
-        output = model.generate(
+        output = target.generate(
             ids,
             do_sample=False,
-            assistant_model=assistant,
+            assistant_model=draft,
             judge=top_k,
             judge_threshold=threshold,
             return_dict_in_generate=True,
             **OPTIONS,
         )
-        text = highlight_accepted(model, tokenizer, output.sequences[0], ids.shape[1])
+        text = highlight_accepted(target, tokenizer, output.sequences[0], ids.shape[1])
         assert text.count("\033[30;43m") == output.num_judge_accepted.item()
+        plain = text.replace("\033[30;43m", "").replace("\033[0m", "")
+        assert plain == tokenizer.decode(output.sequences[0, ids.shape[1] :], skip_special_tokens=True)
         assert (threshold == 0.0) == (output.num_judge_accepted.item() == 0)
 
 

@@ -390,6 +390,12 @@ def test_load_problems(tmp_path):
     assert len(load_problems(tmp_path / "rows.jsonl")) == 3
     (one,) = load_problems(tmp_path / "rows.jsonl", since="2024-06-01", until="2024-06-01")
     assert one["contest_date"] == dates[1]
+    for since in ("2024-6-1", "2024-06", "", "last year", 20240601):
+        with pytest.raises(ValueError, match='`since` must be a date, such as "2024-08-01", got '):
+            load_problems(tmp_path / "rows.jsonl", since=since)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row(contest_date=date)) + "\n" for date in (None, *dates)))
+    assert len(load_problems(tmp_path / "rows.jsonl")) == 4
+    assert len(load_problems(tmp_path / "rows.jsonl", until="2024-12-31")) == 2
     with pytest.raises(ValueError, match="from 1 to 6, got 9"):
         load_problems(release=9)
 
@@ -442,8 +448,7 @@ def test_pass_at_k_is_unbiased():
 
 def test_metric():
     right, wrong = "```\nprint(7)\n```", "```\nprint(8)\n```"
-    tests = row()
-    del tests["question_content"]
-    references = [{**tests, "private_test_cases": "[]"}] * 2
+    references = [row()] * 2
     scores = PassAtK().compute(predictions=[[right, wrong], [wrong, wrong]], references=references, k=(1, 2))
     assert scores == {"pass@1": 0.25, "pass@2": 0.5}
+    assert PassAtK().compute(predictions=[[right, wrong]], references=[row()], k=1) == {"pass@1": 0.5}

@@ -17,7 +17,8 @@ import torch
 from conftest import MAX_NEW_TOKENS, random_llama, scaled_up, similar_model
 from kill_mining import survives
 from test_architectures import random_model
-from transformers import BartConfig, BartForCausalLM, LogitsProcessorList
+from tokenizers import Tokenizer, decoders, models
+from transformers import BartConfig, BartForCausalLM, LogitsProcessorList, PreTrainedTokenizerFast
 
 from autojudge_hf import (
     JudgeConfig,
@@ -30,6 +31,7 @@ from autojudge_hf import (
 )
 from autojudge_hf.features import logit_features
 from autojudge_hf.mined_examples import read_mismatches
+from autojudge_hf.mined_rows import inner_text
 from autojudge_hf.search import GumbelNoise
 from autojudge_hf.tasks import GSM8K, Task
 
@@ -755,3 +757,18 @@ def test_bad_input(random_pair, tmp_path):
         mine_random(random_pair, [EXAMPLES[0], {"text": ""}])
     with pytest.raises(ValueError, match="question"):
         mine_mismatches(*random_pair, NumberTokenizer(), [{"text": "?"}], GSM8K(), max_new_tokens=5)
+
+
+@pytest.mark.parametrize("scheme", ["llama", "always", "first"])
+def test_tokens_are_told_with_their_leading_blanks(scheme):
+    """A SentencePiece tokenizer's decoder takes the blank from whatever it finds first."""
+    vocabulary = ["<unk>", "\u2581so", "so", "\u2581", ".", "\u2581."]
+    model = models.BPE({piece: i for i, piece in enumerate(vocabulary)}, [], unk_token="<unk>")
+    backend = Tokenizer(model)
+    blanks = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(blanks) if scheme == "llama" else decoders.Metaspace(prepend_scheme=scheme)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    assert tokenizer.decode([1]) == "so"
+    told = [inner_text(tokenizer, [token]) for token in range(1, 6)]
+    assert told == [" so", "so", " ", ".", " ."]
+    assert inner_text(tokenizer, [1, 2, 5]) == " soso ." and inner_text(tokenizer, []) == ""

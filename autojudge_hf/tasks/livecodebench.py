@@ -13,6 +13,7 @@ import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,12 +61,15 @@ def load_problems(
     Args:
         path (`str` or `os.PathLike`, *optional*): a JSONL file with rows in the official format.
         release (`int`, *optional*, defaults to 5): the Hub's release; 5 has the 880 problems of the paper.
-        since (`str`, *optional*), until (`str`, *optional*): first and last contest date, such as `"2024-08-01"`.
+        since (`str`, *optional*), until (`str`, *optional*):
+            First and last contest date, such as `"2024-08-01"`. With either, problems without a date are left out.
         hub_options: `revision`, `token`, `cache_dir`, `local_files_only`, as `hf_hub_download` takes them.
 
     Raises:
-        ValueError: for an unknown release.
+        ValueError: for an unknown release, or what isn't a date.
     """
+    first = date.min if since is None else _day(since, "`since`")
+    last = date.max if until is None else _day(until, "`until`")
     if path is not None:
         files = [path]
     else:
@@ -79,8 +83,17 @@ def load_problems(
     for file in files:
         with open(file, encoding="utf-8") as lines:
             problems += (json.loads(line) for line in lines if line.strip())
-    dates = [problem.get("contest_date", "")[:10] for problem in problems]
-    return [p for p, date in zip(problems, dates) if (since or "") <= date and (until is None or date <= until)]
+    if since is None and until is None:
+        return problems
+    dated = [(problem, problem.get("contest_date")) for problem in problems]
+    return [problem for problem, text in dated if text and first <= _day(text[:10], "`contest_date`") <= last]
+
+
+def _day(text: str, name: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except (ValueError, TypeError):
+        raise ValueError(f'{name} must be a date, such as "2024-08-01", got {text!r:.50}.') from None
 
 
 class _PlainUnpickler(pickle.Unpickler):

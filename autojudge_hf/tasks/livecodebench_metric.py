@@ -28,7 +28,8 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 class PassAtK(evaluate.Metric):
     """Share of problems that one of k responses solves.
 
-    `predictions` are lists of responses, one list for each problem; `references` are the problems' tests.
+    `predictions` are lists of responses, one list for each problem; `references` are the problems, of which the
+    columns with tests are read; `k`, 1 by default, is how many programs are drawn, or a list of such numbers.
 
     ```python
     >>> from autojudge_hf.tasks.livecodebench_metric import PassAtK
@@ -39,6 +40,8 @@ class PassAtK(evaluate.Metric):
 
     ```
     """
+
+    columns = ("public_test_cases", "private_test_cases", "metadata")
 
     def __init__(self, task: LiveCodeBench | None = None, **kwargs):
         super().__init__(**kwargs)
@@ -53,16 +56,22 @@ class PassAtK(evaluate.Metric):
             features=datasets.Features(
                 {
                     "predictions": datasets.Sequence(text),
-                    "references": {"public_test_cases": text, "private_test_cases": text, "metadata": text},
+                    "references": dict.fromkeys(self.columns, text),
                 }
             ),
         )
 
+    def add_batch(self, *, predictions: list[list[str]], references: list[dict[str, str]], **kwargs) -> None:
+        """As in `evaluate.Metric`, which would refuse the other columns of a problem, and `None`."""
+        references = [{name: problem.get(name) or "" for name in self.columns} for problem in references]
+        super().add_batch(predictions=predictions, references=references, **kwargs)
+
     def _compute(
-        self, predictions: list[list[str]], references: list[dict[str, str]], k: Sequence[int] = (1,)
+        self, predictions: list[list[str]], references: list[dict[str, str]], k: int | Sequence[int] = 1
     ) -> dict[str, float]:
         examples = [example for example, responses in zip(references, predictions) for _ in responses]
         answers = self.task.extract_answers(examples, [text for responses in predictions for text in responses])
         passed = iter([self.task.is_correct(*pair) for pair in zip(examples, answers)])
+        draws = [k] if isinstance(k, int) else k
         counts = [(len(responses), sum(next(passed) for _ in responses)) for responses in predictions]
-        return {f"pass@{n}": sum(pass_at_k(*count, n) for count in counts) / len(counts) for n in k}
+        return {f"pass@{n}": sum(pass_at_k(*count, n) for count in counts) / len(counts) for n in draws}
