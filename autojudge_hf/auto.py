@@ -29,7 +29,7 @@ from .modeling import (
 from .version import __version__
 
 
-MAX_CONFIG_SIZE = 2**20  # bytes; a judge's has a few thousand
+MAX_CONFIG_SIZE = 2**22  # bytes; most have a few thousand, and a list of a whole vocabulary 3 million
 JUDGES: dict[str, type[Judge]] = {
     judge.judge_type: judge
     for judge in (LinearJudge, MLPJudge, TopKJudge, RuleJudge, MarginJudge, EntropyJudge, KLJudge)

@@ -12,8 +12,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from .checks import check_is_judge
-from .configuration import checked_threshold, public_name
-from .evaluation import check_names, evaluation_summary, listed, rows_one_by_one
+from .configuration import checked_threshold
+from .evaluation import checked_name, evaluation_summary, listed, rows_one_by_one
 from .tasks import Task
 
 
@@ -90,9 +90,7 @@ def calibrate_threshold(
         raise ValueError(f"`confidence` must be at least 0.5 and below 1, got {confidence!r}.")
     check_is_judge(judge)
     replace(judge.config)  # what is wrong with it is told now
-    check_names(dataset_name=dataset_name, split=split)
-    dataset_name = public_name(dataset_name)
-    check_names(dataset_name=dataset_name)  # of a path, a name may be left or not
+    dataset_name, split = checked_name(dataset_name, "dataset_name"), checked_name(split, "split")
     dataset = list(dataset)
     if lossless is not None and (lossless["threshold"] is not None or len(lossless["correct"]) != len(dataset)):
         raise ValueError(

@@ -121,8 +121,7 @@ def evaluation_summary(
         interval (`drop_low`, `drop_high`), `tokens_per_cycle`, `speedup` (tokens per second to lossless),
         `mean_response_length` (tokens), and what the arguments say.
     """
-    check_names(dataset=dataset, split=split)
-    dataset = public_name(dataset)
+    dataset, split = checked_name(dataset, "dataset"), checked_name(split, "split")
     if isinstance(num_assistant_tokens, numbers.Integral):
         num_assistant_tokens = int(num_assistant_tokens)
     if not rows or rows[0]["threshold"] is not None:
@@ -157,11 +156,12 @@ def listed(thresholds: Iterable[float | str]) -> list[float | str]:
     return list(thresholds)
 
 
-def check_names(**names: Any) -> None:
-    """Raises a `ValueError` for what can't stand in a judge's card as a name."""
-    for argument, value in names.items():
-        if not isinstance(value, str) or not value:
-            raise ValueError(f"`{argument}` must be a name, for the judge's card, got {value!r:.50}.")
+def checked_name(value: Any, argument: str) -> str:
+    """What a judge's card calls it: of a path, the last part. Raises a `ValueError` where there is none."""
+    name = public_name(value) if isinstance(value, str) else None
+    if not name:
+        raise ValueError(f"`{argument}` must be a name, for the judge's card, got {value!r:.50}.")
+    return name
 
 
 def paired_interval(first: Sequence[bool], second: Sequence[bool]) -> tuple[float, float]:

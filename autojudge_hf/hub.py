@@ -70,7 +70,10 @@ def find_file(name_or_path: str | os.PathLike, filename: str, subfolder: str = "
             raise OSError(f"No {filename} in the judge folder {path.parent.resolve().name!r}, there is {found}.")
         return path
     if folder.is_absolute():
-        raise OSError(f"There is no folder {folder.name!r}: expected one that a judge's `save_pretrained` wrote.")
+        raise OSError(
+            f"There is no folder {folder.name!r}: expected one that a judge's `save_pretrained` wrote. "
+            "(`custom_generate=` looks for a judge where it was saved: save it again where it is.)"
+        )
     try:
         return Path(hf_hub_download(str(name_or_path), filename, subfolder=subfolder or None, **options))
     except HUB_ERRORS as error:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .configuration import JudgeConfig, public_name
 from .features import judge_inputs
 from .forward import Pass
-from .mined_rows import pair_of, to_dataset
+from .mined_rows import features_of, pair_of
 from .model_properties import hidden_size, input_device, of_vocabulary
 from .prefixes import Prefixes
 
@@ -84,7 +84,7 @@ def compute_features(
     pair["features_dtype"] = features_dtype
     temperature = pair["decoding_settings"]["temperature"]
     tokens = dataset.remove_columns(["features", "pair"]).to_list()
-    rows = []
+    features: list[np.ndarray] = []
     examples = [list(group) for _, group in itertools.groupby(tokens, key=lambda row: row["example_id"])]
     for example in tqdm(examples, desc="features", unit="problem"):
         # Each row's last two positions: the token before the candidate, and the candidate.
@@ -102,9 +102,8 @@ def compute_features(
             of_vocabulary(logits[1][:, :1], logits[0].shape[-1]) if assistant_logit_features else None,
             layout,
         )
-        features = inputs.features[:, 0].cpu().numpy()
-        rows += [{**row, "features": values} for row, values in zip(example, features)]
-    return to_dataset(rows, pair)
+        features += list(inputs.features[:, 0].cpu().numpy())
+    return _with_features(dataset, features, pair)
 
 
 def _last_two_positions(model: PreTrainedModel, rows: list[dict[str, Any]]) -> list[Pass]:
@@ -164,11 +163,18 @@ def select_features(dataset: datasets.Dataset, **layout: Any) -> datasets.Datase
     kept = [mined.feature_columns[name] for name in wanted.feature_columns]
     features = dataset.with_format("numpy")["features"][:]
     features = np.concatenate([features[:, at] for at in kept], axis=1)
-    columns = {"features": list(features), "pair": [json.dumps(pair, sort_keys=True)] * len(dataset)}
-    fewer = dataset.remove_columns(list(columns))
+    return _with_features(dataset, list(features), pair)
+
+
+def _with_features(dataset: datasets.Dataset, features: list[np.ndarray], pair: dict[str, Any]) -> datasets.Dataset:
+    """The same rows, and whatever other columns they have, with these features."""
+    features = [row.astype(pair["features_dtype"]) for row in features]
+    columns = {"features": features, "pair": [json.dumps(pair, sort_keys=True)] * len(dataset)}
+    types = features_of(pair)
+    dataset = dataset.remove_columns(list(columns))
     for name, column in columns.items():
-        fewer = fewer.add_column(name, column, feature=dataset.features[name])
-    return fewer
+        dataset = dataset.add_column(name, column, feature=types[name])
+    return dataset
 
 
 def feature_layout(

@@ -82,7 +82,7 @@ class JudgeTrainingArguments:
             if not (is_number and 0.0 < value < 1.0) and not (name == "recall" and value == 1.0):
                 raise ValueError(f"`{name}` must be a share between 0 and 1, got {value!r}.")
         is_list = isinstance(self.C_grid, (Sequence, np.ndarray)) and len(self.C_grid) > 0
-        if not is_list or not all(0 < c < 1e9 for c in self.C_grid):
+        if not is_list or not all(isinstance(c, numbers.Real) and 0 < c < 1e9 for c in self.C_grid):
             raise ValueError(
                 f"`C_grid` must be a list of at least one value, all above 0 and below 1e9, got {self.C_grid!r}."
             )

@@ -61,11 +61,11 @@ def split_by_example(
     dataset: datasets.Dataset, validation_size: float, seed: int
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Holds out whole examples: rows of one response are far too alike to be on both sides."""
-    ids = np.asarray(dataset["example_id"])
+    ids = np.asarray(dataset.with_format(None)["example_id"][:])
     examples = np.random.default_rng(seed).permutation(np.unique(ids))
     if len(examples) < 2:
         raise ValueError("The rows are of one example, and none is left to hold out. Mine more examples.")
-    num_held_out = max(1, round(validation_size * len(examples)))
+    num_held_out = min(max(1, round(validation_size * len(examples))), len(examples) - 1)
     held_out = np.isin(ids, examples[:num_held_out])
     return dataset.select(np.flatnonzero(~held_out)), dataset.select(np.flatnonzero(held_out))
 
@@ -77,6 +77,8 @@ def to_arrays(dataset: datasets.Dataset, name: str, num_features: int) -> tuple[
         other = sorted(other, key=str)
         raise ValueError(f"A label is 0 (unimportant) or 1 (important), the {name} rows hold {other}.")
     labels = np.asarray(labels, dtype=np.int64)
+    if num_without := dataset.with_format("arrow")["features"][:].null_count:
+        raise ValueError(f"{num_without} of the {len(dataset)} {name} rows have no features. Find or drop them.")
     features = dataset.with_format("numpy")["features"][:]
     if features.ndim != 2 or features.shape[1] != num_features:
         widths = sorted({len(row) for row in features})

@@ -43,7 +43,8 @@ def shares(keys: list[str], labels: list[int]) -> dict[str, tuple[int, float]]:
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    # What a token says may end a cell.
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 
 
 def main() -> None:

@@ -250,7 +250,8 @@ def test_what_is_no_dataset_and_no_task(pair, tokenizer, top_k):
         with pytest.raises(ValueError, match=rf"`thresholds` must be a list, such as .*got {wrong!r}"):
             measure(dataset=EXAMPLES, task=EvenLength(), thresholds=wrong)
     rows = measure(dataset=EXAMPLES, task=EvenLength())
-    for wrong in ({"dataset": None, "split": "test"}, {"dataset": "made-up", "split": 3}):
+    named = {"dataset": "made-up", "split": "test"}
+    for wrong in ({**named, "dataset": None}, {**named, "dataset": "/"}, {**named, "split": 3}):
         with pytest.raises(ValueError, match="must be a name, for the judge's card"):
             evaluation_summary(rows, **wrong)
 

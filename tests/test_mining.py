@@ -441,6 +441,10 @@ def test_features_are_found_again_from_tokens(random_pair, assistant_states, sta
     again = compute_features(tokens, model, assistant, **layout)
     assert_same(again, mined)
     assert json.loads(again[0]["pair"]) == json.loads(mined[0]["pair"]) and again.features == mined.features
+    mine = tokens.add_column("mine", list(range(len(tokens)))).with_format("numpy", columns=["label"])
+    kept = compute_features(mine, model, assistant, **layout)
+    assert kept.with_format(None)["mine"][:] == list(range(len(tokens)))
+    assert_same(kept.with_format(None).remove_columns("mine"), mined)
 
 
 def test_half_the_space(random_pair, tmp_path):

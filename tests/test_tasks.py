@@ -105,10 +105,12 @@ def test_few_shot_prompt_holds_eight_right_answers(tokenizer):
 
 
 def test_bad_arguments_and_fields():
-    with pytest.raises(ValueError, match="between 0 and 8"):
-        GSM8K(num_fewshot=9)
-    with pytest.raises(ValueError, match="extraction"):
-        GSM8K(extraction="loose")
+    for wrong in (9, -1, 2.0, True, "2"):
+        with pytest.raises(ValueError, match="an int between 0 and 8"):
+            GSM8K(num_fewshot=wrong)
+    for wrong in ("loose", ["strict"], None):
+        with pytest.raises(ValueError, match="extraction"):
+            GSM8K(extraction=wrong)
     with pytest.raises(ValueError, match=r"question.*got \['text'\]"):
         GSM8K().instruction({"text": "?"})
     for answer in ({}, {"answer": None}, {"answer": 18}, {"answer": "18"}, {"answer": ["#### "]}):

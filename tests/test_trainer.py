@@ -245,6 +245,8 @@ def test_split_is_by_example(tmp_path):
     assert set(other.eval_dataset["example_id"]) != held_out
     few = trainer(tmp_path, made_up(num_examples=3), validation_size=0.1)
     assert len(few.eval_dataset) == 8 and len(few.train_dataset) == 16
+    few = trainer(tmp_path, made_up(num_examples=3, label=np.arange(24) % 2), validation_size=0.9)
+    assert len(few.eval_dataset) == 16 and len(few.train_dataset) == 8
 
 
 def test_training_again_forgets_what_was_measured_before(tmp_path):
@@ -304,6 +306,9 @@ def test_datasets_of_tensors(tmp_path, caplog):
     ours = trainer(tmp_path, rows, rows)
     assert "60 example ids are in both datasets" in caplog.text
     np.testing.assert_array_equal(ours._train[0], trainer(tmp_path, made_up(), made_up())._train[0])
+    held_out = trainer(tmp_path, made_up()).eval_dataset["example_id"][:]
+    partly = trainer(tmp_path, made_up().with_format("torch", columns=["label"]))
+    assert partly.eval_dataset.with_format(None)["example_id"][:] == held_out
 
 
 def test_rows_of_one_kind_are_scored(tmp_path):
@@ -349,6 +354,7 @@ def test_refusals(tmp_path, caplog):
         (None, "`train_dataset` must be a `datasets.Dataset`.*got NoneType"),
         (made_up(features=np.zeros((480, 8), dtype=np.float32)), r"Expected 16 features.*\[8\]"),
         (made_up(features=np.full((480, 16), np.nan, dtype=np.float32)), "480 of the 480|aren't finite"),
+        (made_up(features=[None] + [[0.0] * 16] * 479), "1 of the .* rows have no features"),
     ]
     for dataset, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -364,7 +370,7 @@ def test_refusals(tmp_path, caplog):
         trainer(tmp_path, made_up(label=labels))
     with pytest.raises(ValueError, match=r"the .* hold \[0.7\]"):
         trainer(tmp_path, made_up(label=np.where(labels == 2, 0.7, labels)))
-    for grid in ([0.0], [float("nan")], [float("inf")], 0.1, {0.1}, []):
+    for grid in ([0.0], [float("nan")], [float("inf")], 0.1, {0.1}, [], ["1"], [None]):
         with pytest.raises(ValueError, match="C_grid"):
             trainer(tmp_path, good, C_grid=grid)
     for wrong in ({"validation_size": "0.1"}, {"validation_size": None}, {"recall": None}):

@@ -59,9 +59,9 @@ class GSM8K(Task):
     version = 1
 
     def __init__(self, num_fewshot: int = 0, extraction: str = "strict"):
-        if not 0 <= num_fewshot <= len(SHOTS):
-            raise ValueError(f"`num_fewshot` must be between 0 and {len(SHOTS)}, got {num_fewshot}.")
-        if extraction not in PATTERNS:
+        if type(num_fewshot) is not int or not 0 <= num_fewshot <= len(SHOTS):
+            raise ValueError(f"`num_fewshot` must be an int between 0 and {len(SHOTS)}, got {num_fewshot!r}.")
+        if extraction not in list(PATTERNS):
             raise ValueError(f"`extraction` must be one of {sorted(PATTERNS)}, got {extraction!r}.")
         self.num_fewshot = num_fewshot
         self.extraction = extraction
