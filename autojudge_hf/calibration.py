@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 def calibrate_threshold(
     model: PreTrainedModel,
-    assistant_model: PreTrainedModel,
+    assistant_model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Iterable[Mapping[str, Any]],
     task: Task,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .configuration import checked_threshold, decoding_settings, public_name
 from .draft_length import ADAPTIVE, DEFAULT_DRAFT_LENGTH
-from .model_properties import drafts_from_target, hidden_size, reads_targets_layers, vocab_size
+from .model_properties import drafts_from_target, hidden_size, num_mtp_layers, reads_targets_layers, vocab_size
 from .modeling import Judge
 
 
@@ -39,6 +39,7 @@ NEVER_MINED = {
 
 def checked_draft_length(
     num_assistant_tokens: int | str | None,
+    model: PreTrainedModel,
     assistant_model: PreTrainedModel | None,
     generation_config: GenerationConfig | None,
 ) -> int | str:
@@ -46,17 +47,22 @@ def checked_draft_length(
 
     Raises:
         ValueError: for no drafter at all, what is neither a positive int nor `"adaptive"`, or more than an assistant's
-            block (DFlash).
+            block (DFlash) or the target's heads (`use_mtp`).
     """
+    use_mtp = getattr(generation_config, "use_mtp", None)
     prompt_lookup = getattr(generation_config, "prompt_lookup_num_tokens", None)
     early_exit = getattr(generation_config, "assistant_early_exit", None)
-    if assistant_model is None and prompt_lookup is None and early_exit is None:
+    if assistant_model is None and prompt_lookup is None and early_exit is None and not use_mtp:
         raise ValueError(
             "Judge decoding needs a drafter: expected `assistant_model=<a smaller model with the same tokenizer>`, "
-            "`prompt_lookup_num_tokens=<int>` or `assistant_early_exit=<layers>`, got None of them."
+            "`prompt_lookup_num_tokens=<int>`, `assistant_early_exit=<layers>` or, where the target has heads for "
+            "tokens further on, `use_mtp=True`, got None of them."
         )
-    default, longest = DEFAULT_DRAFT_LENGTH, None
-    if assistant_model is not None and reads_targets_layers(assistant_model):
+    default, longest, drafter = DEFAULT_DRAFT_LENGTH, None, f"a {type(assistant_model).__name__}"
+    if use_mtp:
+        default = longest = num_mtp_layers(model)
+        drafter = f"the heads of this {type(model).__name__}"
+    elif assistant_model is not None and reads_targets_layers(assistant_model):
         default = longest = assistant_model.config.block_size - 1
     elif assistant_model is not None:
         default = assistant_model.generation_config.num_assistant_tokens or default
@@ -75,8 +81,8 @@ def checked_draft_length(
         )
     if longest is not None and num_assistant_tokens > longest:
         raise ValueError(
-            f"`num_assistant_tokens` must be at most {longest} for a {type(assistant_model).__name__}, which drafts "
-            f"blocks of so many, got {num_assistant_tokens}."
+            f"`num_assistant_tokens` must be at most {longest} for {drafter}, which draft no more at a time, got "
+            f"{num_assistant_tokens}."
         )
     return int(num_assistant_tokens)
 
@@ -108,17 +114,22 @@ def checked_judge(
         return 0.0
     check_is_judge(judge)
     config = judge.config
-    drafter = "prompt lookup" if assistant_model is None else type(assistant_model).__name__
-    if has_other_tokenizer:
+    use_mtp = getattr(generation_config, "use_mtp", None)
+    if use_mtp:
+        drafter = "`use_mtp`"
+    elif has_other_tokenizer:
         drafter = "an assistant with another tokenizer"
-    has_no_logits = assistant_model is None or has_other_tokenizer
+    else:
+        drafter = "prompt lookup" if assistant_model is None else type(assistant_model).__name__
+    has_no_logits = not use_mtp and (assistant_model is None or has_other_tokenizer)
     if judge.reads_assistant_logits and has_no_logits:
         raise ValueError(
             f"A {judge.judge_type!r} judge reads the assistant's distribution, and {drafter} has none of the target's "
             "tokens. Pass an `assistant_model` with the target's tokenizer, or use a judge that reads the target's "
             "distribution alone, such as `margin`."
         )
-    if config.assistant_hidden_size is not None and (has_no_logits or drafts_from_target(assistant_model)):
+    has_no_states = use_mtp or has_no_logits or drafts_from_target(assistant_model)
+    if config.assistant_hidden_size is not None and has_no_states:
         raise ValueError(
             f"The judge reads an assistant's hidden states, of size {config.assistant_hidden_size}, and {drafter} has "
             "none of the target's tokens. Pass an `assistant_model` that reads these, or train a judge on the "

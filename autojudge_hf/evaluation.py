@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def evaluate_judge(
     model: PreTrainedModel,
-    assistant_model: PreTrainedModel,
+    assistant_model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Iterable[Mapping[str, Any]],
     task: Task,
@@ -42,7 +42,9 @@ def evaluate_judge(
     """Decodes a dataset lossless and at each threshold, under the settings that the judge was mined under.
 
     Args:
-        model, assistant_model, tokenizer, dataset, task: as in `mine_mismatches`; `task.is_correct` grades.
+        model, tokenizer, dataset, task: as in `mine_mismatches`; `task.is_correct` grades.
+        assistant_model (`PreTrainedModel`, *optional*): the drafter; `None` where `model.generation_config` names
+            another, by `use_mtp`, `prompt_lookup_num_tokens` or `assistant_early_exit`.
         judge (`Judge`): the judge to measure.
         thresholds (`Iterable[float | str]`): values of `judge_threshold`, or their names in the judge's config.
         num_assistant_tokens (`int` or `"adaptive"`, *optional*): candidates per cycle, the lossless row's included.
@@ -64,7 +66,7 @@ def evaluate_judge(
 
 def rows_one_by_one(
     model: PreTrainedModel,
-    assistant_model: PreTrainedModel,
+    assistant_model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Iterable[Mapping[str, Any]],
     task: Task,
@@ -82,7 +84,7 @@ def rows_one_by_one(
     settings = dict(judge.config.decoding_settings)
     if not settings["do_sample"]:
         settings["top_k"] = 50  # `generate`'s default: it warns of any other without sampling
-    config = GenerationConfig(**settings)
+    config = GenerationConfig(**settings, use_mtp=model.generation_config.use_mtp)
     pair = model, assistant_model, config, is_other_tokenizer(tokenizer, assistant_tokenizer)
     values = [checked_judge(judge, threshold, *pair) for threshold in listed(thresholds)]
     measure = functools.partial(measure_decoding, model, tokenizer, examples, task, **options)

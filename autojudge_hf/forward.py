@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from .fixed_cache import FixedCache
-from .model_properties import CACHE_NAME, forward_parameters
+from .model_properties import CACHE_NAME, CHOOSES_HIDDEN_STATES, forward_parameters
 
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def cached_forward(
     if isinstance(cache, FixedCache):
         return _fixed_forward(model, tokens, cache, attention_mask, num_logits, head is not None, output_hidden_states)
     captures = True if head is not None and head.are_captured else output_hidden_states
+    if not CHOOSES_HIDDEN_STATES:
+        captures = bool(captures)
     if head is not None and not head.are_captured:
         head.listen()
     with torch.inference_mode():

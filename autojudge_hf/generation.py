@@ -29,6 +29,7 @@ from .model_properties import (
     reads_targets_layers,
     takes_positions,
 )
+from .mtp import MTPCandidateGenerator
 from .other_tokenizer import OtherTokenizer, is_other_tokenizer
 from .outputs import JudgeDecoderOnlyOutput, KeptOutputs
 from .rows import RowProcessors, Rows, StopRule
@@ -84,7 +85,7 @@ def judge_decoding(
         logits_processor, stopping_criteria, generation_config: as `generate` prepares them.
         judge (`Judge`, *optional*): `None` accepts no mismatch.
         assistant_model (`PreTrainedModel`, *optional*): the drafter. Without one, `generation_config` says which:
-            `prompt_lookup_num_tokens` or `assistant_early_exit`.
+            `prompt_lookup_num_tokens`, `assistant_early_exit` or `use_mtp`.
         judge_threshold (`float` or `str`, *optional*): accept a mismatch below this score, or below that of this name
             in `judge.config.thresholds`; default `judge.config.threshold`.
         num_assistant_tokens (`int` or `"adaptive"`, *optional*): candidates per cycle; default: the drafting
@@ -105,7 +106,7 @@ def judge_decoding(
     """
     has_other_tokenizer = is_other_tokenizer(tokenizer, assistant_tokenizer)
     check_supported(model, assistant_model, has_other_tokenizer, input_ids, generation_config, streamer, model_kwargs)
-    num_assistant_tokens = checked_draft_length(num_assistant_tokens, assistant_model, generation_config)
+    num_assistant_tokens = checked_draft_length(num_assistant_tokens, model, assistant_model, generation_config)
     own_assistant = assistant_model
     if generation_config.assistant_early_exit is not None:
         assistant_model = first_layers(model, generation_config.assistant_early_exit)
@@ -254,12 +255,14 @@ def _drafter(
     assistant_cache: Cache | None,
 ) -> Drafter:
     """Where candidates come from, by what there is to draft with."""
+    options = {"do_sample": generation_config.do_sample, "output_logits": judging.reads_assistant_logits}
+    if generation_config.use_mtp:
+        return MTPCandidateGenerator(model, **options)
     if assistant_model is None:
         return PromptLookup(model, generation_config)
     pair = assistant_model, model
     if tokenizers is not None:
         return OtherTokenizer(*pair, *tokenizers)
-    options = {"do_sample": generation_config.do_sample, "output_logits": judging.reads_assistant_logits}
     if reads_targets_layers(assistant_model):
         return DFlashCandidateGenerator(*pair, **options)
     options["eos_token_ids"] = eos_token_ids

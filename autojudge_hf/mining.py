@@ -109,7 +109,7 @@ def mine_mismatches(
     temperature = float(temperature)  # as it is compared and written down
     examples = checked_examples(dataset, task)
     check_is_model(assistant_model)
-    draft_length = checked_draft_length(num_assistant_tokens, assistant_model, None)
+    draft_length = checked_draft_length(num_assistant_tokens, model, assistant_model, None)
     check_models(model, assistant_model)
     if drafts_from_target(assistant_model):
         raise ValueError(

@@ -8,6 +8,7 @@ import inspect
 from typing import TYPE_CHECKING
 
 import torch
+import transformers
 from transformers.generation import GenerateDecoderOnlyOutput
 
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 # What `generate` calls a cache: `past_key_values` until transformers 5.23.
 CACHE_NAME = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
+# Until then a list of layers was taken for all (5.15), or counted otherwise, and left the last one out.
+CHOOSES_HIDDEN_STATES = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
 # These reckon positions from the mask, or from distances alone.
 ALIBI = ("bloom", "mpt")
 
@@ -47,6 +50,11 @@ def reads_targets_cache(model: PreTrainedModel) -> bool:
 def reads_targets_layers(model: PreTrainedModel) -> bool:
     """Whether an assistant has no embeddings of its own, and reads the states of the target's layers (DFlash)."""
     return "noise_embeds" in forward_parameters(model)
+
+
+def num_mtp_layers(model: PreTrainedModel) -> int:
+    """How many heads for tokens further on a model's checkpoint has, which it leaves there."""
+    return getattr(model.config.get_text_config(decoder=True), "num_mtp_layers", None) or 0
 
 
 def drafts_from_target(model: PreTrainedModel) -> bool:

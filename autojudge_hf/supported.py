@@ -18,6 +18,7 @@ from .forward import positions_of
 from .model_properties import (
     CACHE_NAME,
     hidden_size,
+    num_mtp_layers,
     reads_targets_cache,
     reads_targets_layers,
     takes_positions,
@@ -45,7 +46,6 @@ REFUSED_SETTINGS = {
     "guidance_scale": (1, "`guidance_scale`"),
     "watermarking_config": (None, "watermarks"),
     "output_attentions": (False, "`output_attentions`"),
-    "use_mtp": (False, "`use_mtp`"),
     "assistant_ensemble_weight": (None, "`assistant_ensemble_weight`"),
 }
 # XLM and CPM-Ant add tokens that nobody passes, GIT those of an image where there is a mask; Moshi forgets what leaves
@@ -87,6 +87,7 @@ def check_supported(
         "assistant_model": assistant_model,
         "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens,
         "assistant_early_exit": config.assistant_early_exit,
+        "use_mtp": config.use_mtp or None,
     }
     given = [name for name, value in drafters.items() if value is not None]
     told = _told_by_peft(model)
@@ -117,8 +118,12 @@ def check_supported(
         "an `assistant_tokenizer` without an `assistant_model`": has_other_tokenizer and assistant_model is None,
         "an assistant that reads the target's cache or states, and another `assistant_tokenizer`": has_other_tokenizer
         and (shares_cache or reads_layers),
-        "a cache of an earlier call with an assistant that reads the target's states (DFlash)": reads_layers
+        "a cache of an earlier call with a drafter that reads the target's states (DFlash, `use_mtp`)": (
+            reads_layers or bool(config.use_mtp)
+        )
         and is_of_earlier_call,
+        f"`use_mtp` for {type(model).__name__}, whose config has no `num_mtp_layers`": bool(config.use_mtp)
+        and not num_mtp_layers(model),
         f"`speculation_type={config.speculation_type!r}` with this assistant": config.speculation_type is not None
         and not (config.speculation_type == "dflash" and reads_layers),
         f"two drafters at once ({', '.join(given)})": len(given) > 1,

@@ -76,10 +76,11 @@ def check_rows_alone(pair, **options):
     assert len(lengths) > 1
 
 
-def check_sampling(pair, judge):
+def check_sampling(pair, judge, **options):
     """The first two tokens of many samples: one of the prefill, and one that the assistant drafts."""
     (model, assistant), prompt, num_samples = pair, PROMPTS[1], 4000
     torch.manual_seed(0)
+    options = {"num_assistant_tokens": 2, **options}
     output = model.generate(
         torch.tensor([prompt] * num_samples),
         do_sample=True,
@@ -89,8 +90,8 @@ def check_sampling(pair, judge):
         assistant_model=assistant,
         judge=judge,
         judge_threshold=0.0,
-        num_assistant_tokens=2,
         return_dict_in_generate=True,
+        **options,
     )
     assert 0 < output.num_matches.sum() < output.num_candidates.sum()
     first = torch.tensor([[*prompt, token] for token in range(16)])

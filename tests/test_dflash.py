@@ -101,7 +101,6 @@ def pair(request):
 def stock_draft(model, assistant, tokens, penalty):
     """What transformers' own generator drafts behind a text, from one forward over all of it."""
     text = torch.tensor([tokens])
-    outputs = model(text[:, :-1], output_hidden_states=True)
     generator = model._get_candidate_generator(
         generation_config=GenerationConfig(max_length=500, speculation_type="dflash"),
         input_ids=text,
@@ -110,6 +109,7 @@ def stock_draft(model, assistant, tokens, penalty):
         model_kwargs={},
         assistant_model=assistant,
     )
+    outputs = model(text[:, :-1], **generator.model_kwargs_overrides)
     drafted, _ = generator.get_candidates(
         text,
         model_kwargs={"attention_mask": torch.ones_like(text), "position_ids": torch.arange(len(tokens))[None]},
@@ -285,7 +285,7 @@ def test_an_earlier_calls_cache_lacks_the_states(top_k):
     model, cache = random_llama(0, 16), DynamicCache()
     text = torch.tensor(PROMPTS[:1])
     model(text[:, :-3], **{CACHE_NAME: cache})
-    with pytest.raises(ValueError, match="a cache of an earlier call with an assistant that reads"):
+    with pytest.raises(ValueError, match="a cache of an earlier call with a drafter that reads"):
         model.generate(text, judge=top_k, assistant_model=assistant_of(), **{CACHE_NAME: cache}, **OPTIONS)
 
 

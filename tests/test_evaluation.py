@@ -44,15 +44,20 @@ def pair():
     return model, similar_model(model)
 
 
-def test_rows_equal_a_literal_count(pair, tokenizer, top_k):
+@pytest.mark.parametrize("lookup", [None, 4])
+def test_rows_equal_a_literal_count(pair, tokenizer, top_k, lookup):
     model, assistant = pair
+    drafter = {"prompt_lookup_num_tokens": lookup} if lookup else {"assistant_model": assistant}
+    assistant = drafter.get("assistant_model")
     model.generation_config.update(repetition_penalty=1.5, do_sample=True, temperature=0.3)
+    model.generation_config.prompt_lookup_num_tokens = lookup
     try:
         lossless, judged = evaluate_judge(
             model, assistant, tokenizer, EXAMPLES, EvenLength(), top_k, thresholds=[0.8], **OPTIONS
         )
     finally:
         model.generation_config.update(repetition_penalty=None, do_sample=False, temperature=None)
+        model.generation_config.prompt_lookup_num_tokens = None
     assert lossless["threshold"] is None and judged["threshold"] == 0.8
     for row, threshold in ((lossless, 0.0), (judged, 0.8)):
         texts, tokens, forwards, decided = [], [], [], [0, 0]
@@ -61,11 +66,11 @@ def test_rows_equal_a_literal_count(pair, tokenizer, top_k):
             output = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                assistant_model=assistant,
                 judge=top_k,
                 judge_threshold=threshold,
                 do_sample=False,
                 return_dict_in_generate=True,
+                **drafter,
                 **OPTIONS,
             )
             response = output.sequences[0, ids.shape[1] :]

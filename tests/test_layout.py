@@ -38,6 +38,7 @@ ORDER = [
     "candidate_generator",
     "shared_cache",
     "dflash",
+    "mtp",
     "certain_drafts",
     "rows",
     "other_tokenizer",

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A target's own heads for tokens further on (`use_mtp`): stock's drafts, and the target's tokens."""
+
+import copy
+import functools
+import gc
+import json
+import weakref
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from conftest import random_llama, scaled_up
+from drafter_oracles import (
+    OPTIONS,
+    PROMPTS,
+    check_lossless,
+    check_rows_alone,
+    check_sampling,
+    drafts_of_a_judged_call,
+)
+from safetensors.torch import load_file, save_file
+from test_evaluation import EvenLength
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    LogitsProcessorList,
+    MellumConfig,
+    MellumForCausalLM,
+    RepetitionPenaltyLogitsProcessor,
+)
+from transformers.generation import candidate_generator
+from transformers.modeling_layers import MtpModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from autojudge_hf import AutoJudge, JudgeConfig, evaluate_judge, judge_decoding
+from autojudge_hf.fixed_cache import FixedCache
+from autojudge_hf.model_properties import CACHE_NAME
+from autojudge_hf.mtp import MTPCandidateGenerator
+
+
+WINDOW = 8
+NUM_LAYERS = 2
+SIZES = {
+    "vocab_size": 16,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": None,
+}
+runs = pytest.mark.skipif(
+    not hasattr(MtpModel, "forward_layer"), reason="this transformers can't run one head at a time, and is refused"
+)
+
+
+def save_with_heads(whole, folder, num_heads, layer_name, name, **config):
+    """A checkpoint in which the last layers of `whole` are heads, under the names that the family's have."""
+    scaled_up(whole).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    for i in range(num_heads):
+        prefix = f"model.layers.{NUM_LAYERS + i}."
+        for old in [key for key in weights if key.startswith(prefix)]:
+            weights[layer_name(i) + old.removeprefix(prefix)] = weights.pop(old)
+        norms = {name(i, norm): 1 + 0.3 * torch.randn(32) for norm in ("enorm", "hnorm", "norm")}
+        weights |= {**norms, name(i, "eh_proj"): 0.3 * torch.randn(32, 64)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    saved = json.loads((folder / "config.json").read_text())
+    for key in ("layer_types", "mlp_layer_types"):
+        if saved.get(key):
+            saved[key] = saved[key][:NUM_LAYERS]
+    saved |= {"num_hidden_layers": NUM_LAYERS, "num_nextn_predict_layers": num_heads, **config}
+    (folder / "config.json").write_text(json.dumps(saved))
+
+
+def save_glm(folder):
+    """Two heads, whose layers follow the model's own."""
+    torch.manual_seed(3)
+    experts = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+    whole = Glm4MoeForCausalLM(Glm4MoeConfig(num_hidden_layers=NUM_LAYERS + 2, **experts, **SIZES))
+
+    def name(i, of):
+        return f"model.layers.{NUM_LAYERS + i}.{'shared_head.norm' if of == 'norm' else of}.weight"
+
+    save_with_heads(whole, folder, 2, lambda i: f"model.layers.{NUM_LAYERS + i}.", name)
+
+
+def save_mellum(folder, **sizes):
+    """One head, with a window."""
+    torch.manual_seed(3)
+    kinds = ["full_attention", "sliding_attention", "sliding_attention"]
+    config = MellumConfig(
+        num_hidden_layers=3, layer_types=kinds, sliding_window=WINDOW, num_experts=4, **{**SIZES, **sizes}
+    )
+    names = {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "norm": "norm", "eh_proj": "fc"}
+    save_with_heads(
+        MellumForCausalLM(config),
+        folder,
+        1,
+        lambda i: f"mtp.layers.{i}.",
+        lambda i, of: f"mtp.{names[of]}.weight",
+        mtp_layer_types=["sliding_attention"],
+        mtp_mlp_layer_types=["sparse"],
+    )
+
+
+FAMILIES = {"glm": (save_glm, Glm4MoeForCausalLM, 2), "mellum": (save_mellum, MellumForCausalLM, 1)}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """A checkpoint's folder, the class that it is of, and the number of heads."""
+    save, model_class, num_heads = FAMILIES[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    save(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "glm":
+            # The class knows the layer numbers of the sizes that were published.
+            own = rf"model\.layers\.[{NUM_LAYERS}-{NUM_LAYERS + num_heads - 1}]\."
+            patch.setattr(model_class, "_keys_to_ignore_on_load_unexpected", [own])
+        yield folder, model_class, num_heads
+
+
+def load(family):
+    folder, model_class, _ = family
+    return model_class.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def pair(family):
+    """As the oracles have it: the target drafts for itself."""
+    return load(family), None
+
+
+def stock_draft(model, tokens, penalty):
+    """What transformers' own generator drafts behind a text, from one forward over all of it."""
+    text = torch.tensor([tokens])
+    generator = candidate_generator.MTPCandidateGenerator(
+        model,
+        GenerationConfig(do_sample=False),
+        {},
+        LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)]),
+    )
+    outputs = model(text[:, :-1], **generator.model_kwargs_overrides)
+    drafted, _ = generator.get_candidates(
+        text,
+        model_kwargs={"attention_mask": torch.ones_like(text), "position_ids": torch.arange(len(tokens))[None]},
+        model_outputs=CausalLMOutputWithPast(hidden_states=outputs.hidden_states),
+        is_first_iteration=False,
+        n_last_matches=0,
+    )
+    return drafted[0, len(tokens) :].tolist()
+
+
+@runs
+@pytest.mark.parametrize(
+    ("num_rows", "more", "penalty"),
+    [
+        (1, {}, 1.0),
+        (3, {}, 1.0),
+        (3, {"num_assistant_tokens": 1}, 1.0),
+        (3, {"num_assistant_tokens": "adaptive"}, 1.0),
+        (1, {"repetition_penalty": 1.5}, 1.5),
+    ],
+)
+def test_drafts_are_those_of_stock(family, pair, top_k, num_rows, more, penalty, monkeypatch):
+    *_, num_heads = family
+    drafts = drafts_of_a_judged_call(
+        monkeypatch, MTPCandidateGenerator, pair, top_k, num_rows, WINDOW, use_mtp=True, **more
+    )
+    longest = 1 if "num_assistant_tokens" in more and more["num_assistant_tokens"] == 1 else num_heads
+    assert max(len(candidates) for _, candidates in drafts) == longest
+    for text, candidates in drafts:
+        assert candidates == stock_draft(pair[0], text, penalty)[: len(candidates)]
+
+
+@runs
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("num_assistant_tokens", [None, 1, "adaptive"])
+def test_lossless(pair, top_k, num_assistant_tokens, cache, num_rows):
+    options = {"num_assistant_tokens": num_assistant_tokens, "use_mtp": True, **cache}
+    output = check_lossless(pair, top_k, num_rows, **options)
+    if num_rows == 1:
+        assert isinstance(output[CACHE_NAME], FixedCache) == bool(cache)
+
+
+@runs
+@pytest.mark.parametrize("more", [{"repetition_penalty": 1.3}, {"output_hidden_states": True}])
+def test_the_same_as_plain_decoding(pair, top_k, more):
+    target, _ = pair
+    options = {**OPTIONS, "return_dict_in_generate": True, **more}
+    got = target.generate(torch.tensor(PROMPTS[:1]), judge=top_k, judge_threshold=0.0, use_mtp=True, **options)
+    expected = target.generate(torch.tensor(PROMPTS[:1]), **options)
+    assert torch.equal(got.sequences, expected.sequences)
+    if "output_hidden_states" in more:
+        for ours, its in zip(got.hidden_states, expected.hidden_states, strict=True):
+            torch.testing.assert_close(ours, its, rtol=1e-4, atol=1e-4)
+
+
+@runs
+def test_without_a_judge(pair):
+    target, _ = pair
+    prompt = torch.tensor(PROMPTS[:1])
+    got = target.generate(prompt, custom_generate=functools.partial(judge_decoding), use_mtp=True, **OPTIONS)
+    assert torch.equal(got, target.generate(prompt, **OPTIONS))
+
+
+@runs
+def test_a_batch_gives_what_rows_give_alone(pair):
+    check_rows_alone(pair, use_mtp=True)
+
+
+@runs
+def test_sampling_draws_from_the_target(family, pair, top_k):
+    *_, num_heads = family
+    check_sampling(pair, top_k, use_mtp=True, num_assistant_tokens=num_heads)
+
+
+@runs
+def test_a_judge_may_read_what_the_heads_thought(pair):
+    target, _ = pair
+    judge = AutoJudge.from_config(JudgeConfig(judge_type="kl"))
+    options = {**OPTIONS, "use_mtp": True, "judge": judge, "return_dict_in_generate": True}
+    output = target.generate(torch.tensor(PROMPTS[:1]), judge_threshold=0.999, **options)
+    assert output.num_judge_accepted.sum() > 0
+
+
+@runs
+def test_evaluation_drafts_as_the_model_says(tokenizer, tmp_path):
+    save_mellum(tmp_path, vocab_size=len(tokenizer))
+    target = MellumForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    target.generation_config.use_mtp = True
+    judge = AutoJudge.from_config(JudgeConfig(judge_type="kl"))
+    examples = [{"text": "A farmer has 12 cows.", "even": True}, {"text": "Four boxes hold", "even": False}]
+    options = {"thresholds": [1.0], "max_new_tokens": 21, "batch_size": 2}
+    lossless, judged = evaluate_judge(target, None, tokenizer, examples, EvenLength(), judge, **options)
+    assert judged["num_target_forwards"] == [10, 10] and min(lossless["num_target_forwards"]) > 15
+
+
+@runs
+def test_heads_are_read_once_and_go_with_their_model(family, top_k, monkeypatch):
+    target, calls = load(family), []
+    from_pretrained = MtpModel.from_pretrained
+    monkeypatch.setattr(
+        MtpModel, "from_pretrained", lambda *args, **kw: calls.append(1) or from_pretrained(*args, **kw)
+    )
+    options = {**OPTIONS, "use_mtp": True, "judge": top_k}
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        target.to(dtype).generate(torch.tensor(PROMPTS[:1]), **options)
+    assert len(calls) == 1
+    gone = weakref.ref(target)
+    del target
+    gc.collect()
+    assert gone() is None
+
+
+@runs
+def test_an_offloaded_target(pair, top_k):
+    target, _ = pair
+    offloaded = cpu_offload(copy.deepcopy(target), execution_device="cpu")
+    options = {**OPTIONS, "judge": top_k, "judge_threshold": 0.0}
+    expected = target.generate(torch.tensor(PROMPTS[:1]), use_mtp=True, **options)
+    assert torch.equal(offloaded.generate(torch.tensor(PROMPTS[:1]), use_mtp=True, **options), expected)
+
+
+@runs
+def test_what_cannot_work_is_refused(family, pair, top_k):
+    (target, _), (*_, num_heads) = pair, family
+    model = copy.deepcopy(target)
+    model.register_forward_pre_hook(lambda *_: pytest.fail("a forward"))
+    cache, text = DynamicCache(), torch.tensor(PROMPTS[:1])
+    target(text[:, :-3], **{CACHE_NAME: cache})
+    reader = AutoJudge.from_config(JudgeConfig(assistant_hidden_size=32))
+    for wrong, message in (
+        ({"num_assistant_tokens": 3}, f"at most {num_heads} for the heads of this {type(model).__name__}, .* got 3"),
+        ({"judge": reader}, "of size 32, and `use_mtp` has none"),
+        ({"assistant_model": random_llama(0, 16)}, "two drafters at once \\(assistant_model, use_mtp\\)"),
+        ({CACHE_NAME: cache}, "a cache of an earlier call with a drafter that reads the target's states"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(text, **{"judge": top_k, "use_mtp": True, **OPTIONS, **wrong})
+
+
+@runs
+def test_a_checkpoint_without_heads_is_told_before_any_forward(family, top_k, tmp_path):
+    model = load(family)
+    model.save_pretrained(tmp_path)
+    model = type(model).from_pretrained(tmp_path, dtype=torch.float32)
+    model.register_forward_pre_hook(lambda *_: pytest.fail("a forward"))
+    with pytest.raises(RuntimeError, match="weights are missing"):
+        model.generate(torch.tensor(PROMPTS[:1]), judge=top_k, use_mtp=True, **OPTIONS)
+
+
+def test_other_models_and_older_transformers_are_refused(top_k, monkeypatch):
+    model = random_llama(0, 16)
+    options = {"judge": top_k, "use_mtp": True, **OPTIONS}
+    with pytest.raises(ValueError, match="`use_mtp` for LlamaForCausalLM, whose config has no `num_mtp_layers`"):
+        model.generate(torch.tensor(PROMPTS[:1]), **options)
+    model.config.num_mtp_layers = 1
+    monkeypatch.delattr(MtpModel, "forward_layer", raising=False)
+    with pytest.raises(ValueError, match="`use_mtp` takes transformers 5.20 or newer, got 5"):
+        model.generate(torch.tensor(PROMPTS[:1]), **options)
