@@ -32,8 +32,10 @@ from benchmark_gpu import (
     timed,
     weight_bytes,
 )
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, PreTrainedModel
 from transformers.generation import CompileConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from autojudge_hf.caches import rewind
 from autojudge_hf.fixed_cache import take_fixed_cache
@@ -65,6 +67,29 @@ WAYS = {
     # Weights become constants: those that read the same input are joined, at the price of a second copy.
     "freezing": captured(**TUNED, freezing=True),
 }
+
+
+def grouped_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """`sdpa` without a copy of keys and values for each head that shares them: its queries are more rows."""
+    heads, shared_by = query.shape[1], query.shape[1] // key.shape[1]
+    if attention_mask is None or attention_mask.shape[1] != 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    rows = query.unflatten(1, (-1, shared_by)).flatten(2, 3)
+    mask = attention_mask.repeat(1, 1, shared_by, 1)
+    output = torch.nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
+    return output.unflatten(2, (shared_by, -1)).view(len(query), heads, -1, value.shape[-1]).transpose(1, 2), None
+
+
+AttentionInterface.register("grouped", grouped_attention)
+AttentionMaskInterface.register("grouped", sdpa_mask)
 
 
 def forwards(
@@ -116,7 +141,7 @@ def milliseconds(calls: dict[str, Callable[[], Any]], args) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--compiled", nargs="+", choices=list(WAYS), default=list(WAYS))
-    parser.add_argument("--attn_implementation", choices=["sdpa", "eager"], default="sdpa")
+    parser.add_argument("--attn_implementation", choices=["sdpa", "grouped", "eager"], default="sdpa")
     parser.add_argument("--draft_length", type=positive_int, default=16)
     parser.add_argument("--prompt_length", type=positive_int, default=128)
     parser.add_argument("--rounds", type=positive_int, default=5)

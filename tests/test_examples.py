@@ -15,7 +15,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from conftest import PAIR, ROOT, SHARED_DATA, read_jsonl
+from conftest import PAIR, ROOT, SHARED_DATA, random_llama, read_jsonl
 from datasets import Dataset
 from sklearn.metrics import roc_auc_score
 from test_trainer import PAIR as MADE_UP_PAIR
@@ -23,6 +23,7 @@ from test_trainer import made_up
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autojudge_hf import AutoJudge, JudgeConfig
+from autojudge_hf.model_properties import CACHE_NAME
 
 
 sys.path.insert(0, str(PAIR))
@@ -529,6 +530,23 @@ def test_what_is_timed_is_a_cycle():
         assert torch.equal(logits.argmax(dim=-1), block + 1)
         torch.testing.assert_close(states, expected_states)
         assert torch.equal(calls["judge"](), ~important[block[:, 1:]])
+
+
+def test_grouped_attention_is_attention():
+    """Within a prefill with padding, and behind a cache."""
+    model = random_llama(num_attention_heads=4)
+    ids = torch.randint(3, 30, (2, 14), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[0] * 4 + [1] * 10, [1] * 14])
+    logits = {}
+    for name in ("sdpa", "grouped"):
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            outputs = model(ids[:, :9], attention_mask=mask[:, :9])
+            positions = torch.tensor([range(5, 10), range(9, 14)])
+            cache = {CACHE_NAME: outputs[CACHE_NAME]}
+            behind = model(ids[:, 9:], attention_mask=mask, position_ids=positions, **cache).logits
+        logits[name] = torch.cat([outputs.logits * mask[:, :9, None], behind], dim=1)
+    torch.testing.assert_close(logits["grouped"], logits["sdpa"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
