@@ -47,7 +47,7 @@ def checked_draft_length(
 
     Raises:
         ValueError: for no drafter at all, what is neither a positive int nor `"adaptive"`, or more than an assistant's
-            block (DFlash) or the target's heads (`use_mtp`).
+            block (DFlash).
     """
     use_mtp = getattr(generation_config, "use_mtp", None)
     prompt_lookup = getattr(generation_config, "prompt_lookup_num_tokens", None)
@@ -58,10 +58,9 @@ def checked_draft_length(
             "`prompt_lookup_num_tokens=<int>`, `assistant_early_exit=<layers>` or, where the target has heads for "
             "tokens further on, `use_mtp=True`, got None of them."
         )
-    default, longest, drafter = DEFAULT_DRAFT_LENGTH, None, f"a {type(assistant_model).__name__}"
+    default, longest = DEFAULT_DRAFT_LENGTH, None
     if use_mtp:
-        default = longest = num_mtp_layers(model)
-        drafter = f"the heads of this {type(model).__name__}"
+        default = num_mtp_layers(model)
     elif assistant_model is not None and reads_targets_layers(assistant_model):
         default = longest = assistant_model.config.block_size - 1
     elif assistant_model is not None:
@@ -81,8 +80,8 @@ def checked_draft_length(
         )
     if longest is not None and num_assistant_tokens > longest:
         raise ValueError(
-            f"`num_assistant_tokens` must be at most {longest} for {drafter}, which draft no more at a time, got "
-            f"{num_assistant_tokens}."
+            f"`num_assistant_tokens` must be at most {longest} for a {type(assistant_model).__name__}, which drafts "
+            f"blocks of so many, got {num_assistant_tokens}."
         )
     return int(num_assistant_tokens)
 

@@ -29,16 +29,14 @@ class MTPCandidateGenerator(Drafter):
     """Drafts a token by each head, which is a layer over the states of the one before, the first over the target's.
 
     A head's layer reads, beside a token's state, which tokens came behind it, candidates among them, so that the last
-    positions are computed again once these are committed or not (arXiv 2412.19437, section 2.2). Heads have no notion
-    of padding, and rows run one by one.
+    positions are computed again once these are committed or not (arXiv 2412.19437, section 2.2). A longer draft goes
+    on with the last head, over its own states. Heads have no notion of padding, and rows run one by one.
 
     Args:
         target_model (`PreTrainedModel`): whose heads, embeddings and states it drafts with.
         do_sample (`bool`): whether to draw the candidates rather than take the best.
         output_logits (`bool`): whether to return the logits of a greedy draft, too.
     """
-
-    drafts_at_once = True
 
     def __init__(self, target_model: PreTrainedModel, *, do_sample: bool, output_logits: bool):
         self.heads = _heads_of(unwrapped(target_model))
@@ -59,28 +57,31 @@ class MTPCandidateGenerator(Drafter):
         process: Callable[[torch.LongTensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> tuple[torch.LongTensor, torch.Tensor | None]:
         """As [`Drafter.get_candidates`]."""
-        self._num_drafted = min(max(max_candidates), len(self.heads.layers))
+        self._num_drafted = max(max_candidates)
         if self._num_drafted == 0:
             return input_ids, None
-        texts = list(input_ids)
-        if attention_mask is not None:
-            texts = [text[mask.bool()] for text, mask in zip(input_ids, attention_mask)]
-        num_reread = len(self.heads.layers) - 1
-        tokens, states = [], []
-        for j, (text, cache) in enumerate(zip(texts, self._caches)):
-            rewind(cache, [min(num_reread, num_cached(cache))])
-            tokens.append(text[None, num_cached(cache) + 1 :])
-            states.append(self._states[j][None, -tokens[-1].shape[1] :])
-            # (All but the newest token's: it has none yet.)
-            self._states[j] = self._states[j][len(self._states[j]) - num_reread :]
+        num_heads = len(self.heads.layers)
+        is_text = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
+        lengths, tokens, states = is_text.sum(dim=1).tolist(), [], []
+        for j, cache in enumerate(self._caches):
+            if num_cached(cache) == 0:  # these are of the prefill, padding included
+                known = is_text[j, :-1].to(self._states[j].device)
+                self._states[j] = self._states[j][-len(known) :][known]
+            rewind(cache, [min(num_heads - 1, num_cached(cache))])
+            tokens.append(input_ids[j, is_text[j]][None, num_cached(cache) + 1 :])
+            states.append(self._states[j][None])
+            self._states[j] = self._states[j][max(0, len(self._states[j]) - num_heads + 1) :]
         candidate_ids, logits = input_ids[:, :0], []
         # Heads beyond the draft run too: they share their cache's length.
-        for i in range(len(self.heads.layers)):
-            next_logits = []
+        for i in range(max(num_heads, self._num_drafted)):
+            if i == num_heads:
+                states = [of_row[:, -1:] for of_row in states]
+                tokens = [of_row[:, -1:] for of_row in tokens]
+            head, next_logits = min(i, num_heads - 1), []
             for j, cache in enumerate(self._caches):
-                last = len(texts[j]) + i
+                last = lengths[j] + i
                 positions = torch.arange(last - tokens[j].shape[1], last, device=states[j].device)[None]
-                states[j] = self.heads.forward_layer(i, states[j], positions, cache, input_ids=tokens[j])
+                states[j] = self.heads.forward_layer(head, states[j], positions, cache, input_ids=tokens[j])
                 next_logits.append(self.heads._project_to_logits(states[j][:, -1:]))
             of_head = torch.cat(next_logits).to(input_ids.device, torch.float32)
             if process is not None and i < self._num_drafted:
@@ -90,6 +91,8 @@ class MTPCandidateGenerator(Drafter):
             if i < self._num_drafted:
                 candidate_ids = torch.cat([candidate_ids, chosen], dim=1)
                 logits.append(of_head)
+        for cache in self._caches if self._num_drafted > num_heads else ():
+            cache.layers[-1].crop(num_heads - self._num_drafted)
         sequence = torch.cat([input_ids, candidate_ids], dim=1)
         return sequence, torch.cat(logits, dim=1) if self.output_logits else None
 
