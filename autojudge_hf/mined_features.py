@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .configuration import JudgeConfig, public_name
 from .features import judge_inputs
 from .forward import Pass
-from .mined_rows import features_of, pair_of
+from .mined_rows import pair_of
 from .model_properties import hidden_size, input_device, of_vocabulary
 from .prefixes import Prefixes
 
@@ -103,7 +103,7 @@ def compute_features(
             layout,
         )
         features += list(inputs.features[:, 0].cpu().numpy())
-    return _with_features(dataset, features, pair)
+    return _with_features(dataset, features, pair, features_dtype)
 
 
 def _last_two_positions(model: PreTrainedModel, rows: list[dict[str, Any]]) -> list[Pass]:
@@ -163,18 +163,19 @@ def select_features(dataset: datasets.Dataset, **layout: Any) -> datasets.Datase
     kept = [mined.feature_columns[name] for name in wanted.feature_columns]
     features = dataset.with_format("numpy")["features"][:]
     features = np.concatenate([features[:, at] for at in kept], axis=1)
-    return _with_features(dataset, list(features), pair)
+    return _with_features(dataset, list(features), pair, dataset.features["features"].feature.dtype)
 
 
-def _with_features(dataset: datasets.Dataset, features: list[np.ndarray], pair: dict[str, Any]) -> datasets.Dataset:
+def _with_features(
+    dataset: datasets.Dataset, features: list[np.ndarray], pair: dict[str, Any], dtype: str
+) -> datasets.Dataset:
     """The same rows, and whatever other columns they have, with these features."""
-    features = [row.astype(pair["features_dtype"]) for row in features]
-    columns = {"features": features, "pair": [json.dumps(pair, sort_keys=True)] * len(dataset)}
-    types = features_of(pair)
-    dataset = dataset.remove_columns(list(columns))
-    for name, column in columns.items():
-        dataset = dataset.add_column(name, column, feature=types[name])
-    return dataset
+    import datasets
+
+    dataset, text = dataset.remove_columns(["features", "pair"]), datasets.Value("string")
+    features = [row.astype(dtype) for row in features]
+    dataset = dataset.add_column("features", features, feature=datasets.List(datasets.Value(dtype)))
+    return dataset.add_column("pair", [json.dumps(pair, sort_keys=True)] * len(dataset), feature=text)
 
 
 def feature_layout(
