@@ -77,6 +77,17 @@ def cached_forward(
     return Pass(outputs.logits, states, outputs.hidden_states)
 
 
+def last_chunk(
+    model: PreTrainedModel, tokens: torch.Tensor, cache: Cache, attention_mask: torch.Tensor | None, chunk_size: int
+) -> torch.Tensor:
+    """Runs what stands before the last `chunk_size` tokens, so many at a time, and returns the rest, one at least."""
+    while tokens.shape[1] > chunk_size:
+        mask = None if attention_mask is None else attention_mask[:, : chunk_size - tokens.shape[1]]
+        cached_forward(model, tokens[:, :chunk_size], cache, mask)
+        tokens = tokens[:, chunk_size:]
+    return tokens
+
+
 @torch.no_grad()
 def _fixed_forward(
     model: PreTrainedModel,

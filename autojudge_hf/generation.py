@@ -18,7 +18,7 @@ from .dflash import DFlashCandidateGenerator
 from .draft_length import draft_schedule
 from .early_exit import first_layers
 from .fixed_cache import FixedCache, give_fixed_cache_back, take_fixed_cache, why_not_fixed
-from .forward import cached_forward
+from .forward import cached_forward, last_chunk
 from .head_inputs import HeadInputs, head_reads_last_states
 from .judging import Judging
 from .model_properties import (
@@ -177,9 +177,12 @@ def judge_decoding(
             attention_mask = rows.attention_mask
             if attention_mask is not None:
                 attention_mask = torch.nn.functional.pad(attention_mask, (0, k), value=1).to(device)
+            tokens = sequence[:, num_cached(cache) :].to(device)
+            if prefill and generation_config.prefill_chunk_size is not None:
+                tokens = last_chunk(model, tokens, cache, attention_mask, generation_config.prefill_chunk_size)
             outputs = cached_forward(
                 model,
-                sequence[:, num_cached(cache) :].to(device),
+                tokens,
                 cache,
                 attention_mask,
                 num_logits=k + 1,

@@ -93,6 +93,8 @@ def check_supported(
     told = _told_by_peft(model)
     shares_cache = assistant_model is not None and reads_targets_cache(assistant_model)
     reads_layers = assistant_model is not None and reads_targets_layers(assistant_model)
+    reads_prompt = bool(config.output_hidden_states or reads_layers or config.use_mtp)
+    chunk_size = config.prefill_chunk_size
     reasons = {
         **_reasons_of_models(models),
         "prompts padded on the right or within (set `padding_side='left'`)": is_padded_behind,
@@ -124,6 +126,11 @@ def check_supported(
         and is_of_earlier_call,
         f"`use_mtp` for {type(model).__name__}, whose config has no `num_mtp_layers`": bool(config.use_mtp)
         and not num_mtp_layers(model),
+        f"`prefill_chunk_size={chunk_size!r}`, which must be an int of at least 1": chunk_size is not None
+        and not (type(chunk_size) is int and chunk_size >= 1),
+        "`prefill_chunk_size` where a prompt's states are kept or read (`output_hidden_states`, DFlash, `use_mtp`)": (
+            chunk_size is not None and reads_prompt
+        ),
         f"`speculation_type={config.speculation_type!r}` with this assistant": config.speculation_type is not None
         and not (config.speculation_type == "dflash" and reads_layers),
         f"two drafters at once ({', '.join(given)})": len(given) > 1,

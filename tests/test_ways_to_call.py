@@ -828,3 +828,51 @@ def test_masks_of_any_dtype(random_pair, top_k):
             **LOSSLESS,
         )
         assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("cache_implementation", [None, "static"])
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_prompts_are_read_in_chunks(top_k, family, cache_implementation, num_rows):
+    """No forward takes more tokens, and the text is the same; judged, too, and behind an earlier call's cache."""
+    model = random_llama() if family == "llama" else random_model(family, seed=0)
+    inputs = left_padded([[3, 14, 15, 9, 2, 6, 5] * 4, [7, 7, 3], [12, 4, 4, 4, 8]][:num_rows])
+    options = {"assistant_model": similar_model(model), "judge": top_k, "num_assistant_tokens": 3, "do_sample": False}
+    options |= {"max_new_tokens": 20, "cache_implementation": cache_implementation, "eos_token_id": None}
+    widths = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    for threshold in (0.0, 0.8):
+        expected = model.generate(**inputs, **options, judge_threshold=threshold)
+        for chunk_size in (4, 5, 9, 27, 28, 100):
+            widths.clear()
+            got = model.generate(**inputs, **options, judge_threshold=threshold, prefill_chunk_size=chunk_size)
+            assert torch.equal(got, expected)
+            num_chunks = -(-28 // chunk_size)
+            assert widths[: num_chunks - 1] == [chunk_size] * (num_chunks - 1) and widths[num_chunks] == 4
+    hook.remove()
+
+
+def test_a_chunked_prompt_goes_on_from_a_cache(random_pair, top_k):
+    model, assistant = random_pair
+    options = {"assistant_model": assistant, "judge": top_k, **LOSSLESS, "return_dict_in_generate": True}
+    first = model.generate(PROMPT, max_new_tokens=9, prefill_chunk_size=2, **options)
+    text = torch.cat([first.sequences, PROMPT], dim=1)
+    expected = model.generate(text, max_new_tokens=9, do_sample=False)
+    more = {CACHE_NAME: first[CACHE_NAME], "prefill_chunk_size": 3}
+    assert torch.equal(model.generate(text, max_new_tokens=9, **more, **options).sequences, expected)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"prefill_chunk_size": 0}, "`prefill_chunk_size=0`, which must be an int of at least 1"),
+        ({"prefill_chunk_size": 2.5}, "`prefill_chunk_size=2.5`, which must be an int"),
+        ({"prefill_chunk_size": 4, "output_hidden_states": True}, "where a prompt's states are kept or read"),
+    ],
+)
+def test_chunks_that_cannot_be_are_refused(random_pair, top_k, more, message):
+    model, assistant = random_pair
+    with pytest.raises(ValueError, match=message):
+        model.generate(PROMPT, assistant_model=assistant, judge=top_k, max_new_tokens=4, **more)
