@@ -129,7 +129,7 @@ def judge_decoding(
         if generation_config.cache_implementation == "static":
             budget = max(stop.max_new_tokens)
             fixed = functools.partial(_fixed_or_growing, at_end, len(input_ids), generation_config)
-            longest = input_ids.shape[1] + budget
+            longest = max(input_ids.shape[1] + budget, generation_config.max_cache_len or 0)
             cache = fixed(model, longest, draft_length.widths, judging.reads_target)
             if is_reader:
                 # The newest token, and one more where the last candidate was accepted. A row that has no room left

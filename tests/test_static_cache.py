@@ -286,6 +286,21 @@ def test_room_for_the_widest_forward_behind_the_longest_text(length):
     assert length + 33 <= cache.max_length < length + 33 + 256
 
 
+def test_room_for_the_longest_call_that_is_to_come(compiled, top_k):
+    """`max_cache_len` is the length of a text, and no text up to it is compiled anew."""
+    model = random_llama(max_position_embeddings=1024)
+    options = {"assistant_model": similar_model(model), "judge": top_k, "judge_threshold": 0.0, **compiled}
+    for longest in (None, 511):
+        options["max_cache_len"] = longest
+        first = model.generate(PROMPT, max_new_tokens=60, **options)
+        graphs = counters["stats"]["unique_graphs"]
+        second = model.generate(PROMPT, max_new_tokens=511 - PROMPT.shape[1], **options)
+        assert (second[CACHE_NAME] is first[CACHE_NAME]) == (longest is not None)
+        assert (counters["stats"]["unique_graphs"] == graphs) == (longest is not None)
+        kept_caches.clear()
+        torch._dynamo.reset()
+
+
 def test_up_to_the_edge_of_the_allocation(random_pair, top_k):
     """Every length around the one that the allocation was made for, of a model with positions for no more."""
     model = random_llama(max_position_embeddings=252)
