@@ -65,6 +65,8 @@ def _with_judge(generate):
             streamer=kwargs.get("streamer"),
             **options,
         )
+        if self._is_stateful:
+            kwargs.pop("assistant_model", None)  # `generate` would refuse it before it sees whose loop to run
         return generate(self, *args, **kwargs, custom_generate=decode)
 
     wrapper._wraps_judge = wrapper

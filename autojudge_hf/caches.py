@@ -8,9 +8,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    StaticLayer,
+)
 
 from .fixed_cache import FixedCache, LayerOfAnother
+from .model_properties import goes_on_from_states
+from .state_layers import StateLayer, state_layers
 
 
 if TYPE_CHECKING:
@@ -27,34 +36,52 @@ def rewindable_cache(model: PreTrainedModel) -> DynamicCache:
     Layers that would forget what leaves a sliding window keep everything; the model's own mask applies the window.
 
     Raises:
-        ValueError: for a model with layers that can't take tokens back (convolutions, recurrences).
+        ValueError: for a model with layers that can't take tokens back.
     """
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in cache.layers]
-    if other := other_layers(cache):
+    if other := other_layers(cache, model):
         raise ValueError(
-            f"{type(model).__name__} can't take tokens back: expected attention layers only, its cache has {other}."
+            f"{type(model).__name__} can't take tokens back: expected layers of attention or with a state, its cache "
+            f"has {other}."
         )
+    make_rewindable(cache)
     return cache
 
 
-def other_layers(cache: Cache) -> list[str]:
-    """Kinds of the cache's layers that aren't attention's, whose rows can't take different numbers of tokens back."""
-    attention = (DynamicLayer, DynamicSlidingWindowLayer, LayerOfAnother)
-    return sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in attention})
+def make_rewindable(cache: DynamicCache) -> None:
+    """What it holds is there to stay; what comes can be taken back from all of its layers."""
+    length = cache.get_seq_length() if cache.layers else 0
+    cache.layers = [StateLayer(x, length) if type(x) is LinearAttentionLayer else x for x in cache.layers]
+    cache.activate_past_recording()
+
+
+def other_layers(cache: Cache, model: PreTrainedModel) -> list[str]:
+    """Kinds of the cache's layers from which tokens can't be taken back, or behind which `model` couldn't go on."""
+    known = [DynamicLayer, DynamicSlidingWindowLayer, LayerOfAnother]
+    known += [LinearAttentionLayer] if goes_on_from_states(model) else []
+    return sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in known})
 
 
 def filled_layers(cache: Cache) -> list[DynamicLayer | StaticLayer]:
     """Those that hold keys and values; some models have fewer than their config says (BART)."""
-    return [layer for layer in cache.layers if layer.keys is not None]
+    layers = (layer for layer in cache.layers if not isinstance(layer, LinearAttentionLayer))
+    return [layer for layer in layers if layer.keys is not None]
 
 
 def rewind(cache: Cache, removed: Sequence[int]) -> None:
     """Takes the last `removed[i]` tokens of row i back; the rows stay aligned at their ends.
 
-    A row that loses more than another moves right, and what wraps round to its front is for the mask to hide.
+    A row that loses more than another moves right, and what wraps round to its front is for the mask to hide. Layers
+    with a state go back farther, and with them the others: to where nothing was taken back for the last time.
     """
     least = min(removed)
+    if states := state_layers(cache):
+        if least > 0:
+            _go_back(cache, states)
+        else:
+            keep(cache)
+        return
     if max(removed) > least:
 
         @functools.cache  # mostly one for all layers
@@ -84,11 +111,27 @@ def rewind(cache: Cache, removed: Sequence[int]) -> None:
         layer.crop(-least)
 
 
+def keep(cache: Cache) -> None:
+    """All that it holds is there to stay."""
+    for layer in state_layers(cache):
+        layer.keep(num_cached(cache))
+
+
+def _go_back(cache: DynamicCache, states: list[StateLayer]) -> None:
+    for layer in filled_layers(cache):
+        layer.crop(states[0].kept_length - layer.get_seq_length())
+    for layer in states:
+        layer.go_back()
+
+
 def leave_behind(cache: Cache, length: int) -> None:
     """Leaves a cache of one row for others to go on with: `length` tokens at most, outside of inference mode.
 
     It holds more where a call was broken off, in some of its layers if that was in a forward.
     """
+    if states := state_layers(cache):
+        _go_back(cache, states)
+        cache.layers = [x.plain() if isinstance(x, StateLayer) else x for x in cache.layers]
     for layer in filled_layers(cache):
         if (excess := layer.get_seq_length() - length) > 0:
             layer.crop(-excess)

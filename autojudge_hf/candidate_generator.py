@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .caches import num_cached, rewind, rewindable_cache, shrink
+from .caches import keep, num_cached, rewind, rewindable_cache, shrink
 from .drafter import Drafter, choices
 from .fixed_cache import FixedCache
 from .forward import cached_forward, fixed_draft
@@ -79,8 +79,10 @@ class JudgeCandidateGenerator(Drafter):
             )
             return torch.cat([input_ids, candidate_ids.to(input_ids.device)], dim=1), None
         unfinished = set(range(len(input_ids)))
-        for _ in range(length):
+        for i in range(length):
             outputs = self._forward(tokens, attention_mask)
+            if i == 0:
+                keep(self.cache)
             next_logits = of_vocabulary(outputs.logits[:, -1:], self.target_vocab_size)
             next_logits = next_logits.to(input_ids.device, torch.float32)
             if process is not None:

@@ -90,7 +90,9 @@ def rows_one_by_one(
     measure = functools.partial(measure_decoding, model, tokenizer, examples, task, **options)
     # What mining never has, the model's own config may have.
     settings |= {**dict.fromkeys(NEVER_MINED), "stop_strings": None}
-    shared = {"assistant_model": assistant_model, **settings, "return_dict_in_generate": True}
+    shared = {**settings, "return_dict_in_generate": True}
+    if not model._is_stateful:  # to one that is, `generate` would refuse it
+        shared["assistant_model"] = assistant_model
     lossless_loop = functools.partial(
         judge_decoding,
         assistant_model=assistant_model,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .caches import leave_behind, num_cached, rewind, rewindable_cache, shrink, use_up
+from .caches import leave_behind, make_rewindable, num_cached, rewind, rewindable_cache, shrink, use_up
 from .candidate_generator import JudgeCandidateGenerator
 from .certain_drafts import PromptLookup
 from .checks import checked_draft_length, checked_judge, warn_once
@@ -53,6 +53,11 @@ if TYPE_CHECKING:
 
     from .drafter import Drafter
     from .modeling import Judge
+
+
+#: A state goes back to where a whole draft was accepted, and what was committed since is read again. Behind so many
+#: tokens a cycle drafts nothing, so that nothing of it is taken back.
+LONGEST_REREAD = 32
 
 
 @torch.no_grad()
@@ -137,7 +142,7 @@ def judge_decoding(
                 length = longest + min(draft_length.longest, budget)
                 assistant_cache = fixed(assistant_model, length, [1, 2], judging.reads_assistant)
         else:
-            cache.activate_past_recording()
+            make_rewindable(cache)
         if not isinstance(cache, FixedCache):
             # However it ends: a cache of the caller's has what is committed, or nothing.
             at_end.callback(
@@ -167,6 +172,8 @@ def judge_decoding(
                 # A cycle commits one token more than it has candidates, and the newest one needs no position yet.
                 room = [stop.room(rows, j) - 1 for j in range(len(rows.active))]
                 longest_draft = min(draft_length.value, max(room), max(0, max_length - max(rows.lengths)))
+                if rows.input_ids.shape[1] - num_cached(cache) > LONGEST_REREAD:
+                    longest_draft = 0
                 process = functools.partial(processors, rows, room) if any(processors.processors) else None
                 limits = [min(longest_draft, n) for n in room]
                 sequence, assistant_logits = drafter.get_candidates(sequence, rows.attention_mask, limits, process)

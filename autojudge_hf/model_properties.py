@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import transformers
+from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 
 
@@ -20,6 +21,17 @@ if TYPE_CHECKING:
 CACHE_NAME = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 # Until then a list of layers was taken for all (5.15), or counted otherwise, and left the last one out.
 CHOOSES_HIDDEN_STATES = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23)
+#: Hybrids, in whose layers with a state several tokens go on from where the last ones left it. Not every family's do.
+WITH_STATES = (
+    "qwen3_next",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "lfm2",
+    "lfm2_moe",
+    "olmo_hybrid",
+    "granitemoehybrid",
+    "bamba",
+)
 # These reckon positions from the mask, or from distances alone.
 ALIBI = ("bloom", "mpt")
 
@@ -35,6 +47,19 @@ def forward_parameters(model: PreTrainedModel) -> frozenset[str]:
     if "position_ids" in accepted:  # nearly always, and looked up twice a forward
         return accepted
     return _parameters(type(unwrapped(model)))
+
+
+def goes_on_from_states(model: PreTrainedModel) -> bool:
+    """Whether a forward of several tokens would go on from the states that the last one left, if there are some."""
+    return model.config.get_text_config(decoder=True).model_type in WITH_STATES
+
+
+def keeps_states(model: PreTrainedModel) -> bool:
+    """Whether some of its layers have a state in place of keys and values, and it goes on from these."""
+    if not goes_on_from_states(model):
+        return False
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    return any(type(layer) is LinearAttentionLayer for layer in cache.layers)
 
 
 def takes_positions(model: PreTrainedModel) -> bool:

@@ -17,7 +17,9 @@ from .checks import warn_once
 from .forward import positions_of
 from .model_properties import (
     CACHE_NAME,
+    goes_on_from_states,
     hidden_size,
+    keeps_states,
     num_mtp_layers,
     reads_targets_cache,
     reads_targets_layers,
@@ -71,12 +73,13 @@ def check_supported(
     models = [model] if assistant_model is None else [model, assistant_model]
     cache = model_kwargs.get(CACHE_NAME)
     mask = model_kwargs.get("attention_mask")
+    with_states = [m for m in models if keeps_states(m)]
     # A single prompt may have gaps: `generate` masks whatever looks like padding in it.
     is_padded_behind = mask is not None and not mask[:, -1].all()
     is_padded_behind |= mask is not None and len(mask) > 1 and bool((mask[:, 1:] < mask[:, :-1]).any())
     is_of_earlier_call = type(cache) is DynamicCache and cache.get_seq_length() > 0
     lacks_text = is_of_earlier_call and _lacks_text(input_ids, mask, cache)
-    layers = other_layers(cache) if type(cache) is DynamicCache else []
+    layers = other_layers(cache, model) if type(cache) is DynamicCache else []
     # `generate` has made an empty one of its own, in whose place comes ours.
     is_static = generation_config.cache_implementation == "static" and type(cache) is StaticCache
     known = {CACHE_NAME, "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
@@ -110,6 +113,12 @@ def check_supported(
         "time; and as PEFT leaves its hooks in a model where a call fails, load it again)": len(input_ids) > 1
         and "adapter_names" in told,
         "activated LoRA (aLoRA), which goes by the number of tokens of a forward": "alora_offsets" in told,
+        "several prompts, or padding, for a model that keeps a state": bool(with_states)
+        and (len(input_ids) > 1 or (mask is not None and not mask.all())),
+        "`output_hidden_states`, `assistant_early_exit` and drafters that read its cache or states, for a target that "
+        "keeps a state": model in with_states and bool(reads_prompt or shares_cache or config.assistant_early_exit),
+        "an `assistant_tokenizer` for an assistant that keeps a state": has_other_tokenizer
+        and assistant_model in with_states,
         "streamers with several prompts": len(input_ids) > 1 and streamer is not None,
         "`use_cache=False`, or a model that has no cache": cache is None,
         f"the cache {type(cache).__name__}": not is_static and cache is not None and type(cache) is not DynamicCache,
@@ -219,7 +228,9 @@ def check_one_vocabulary(model: PreTrainedModel, assistant_model: PreTrainedMode
 def _reasons_of_models(models: Sequence[PreTrainedModel]) -> dict[str, bool]:
     return {
         "encoder-decoder models": any(m.config.is_encoder_decoder for m in models),
-        "stateful models, which can't take tokens back": any(m._is_stateful for m in models),
+        "stateful models, which can't take tokens back": any(
+            m._is_stateful and not goes_on_from_states(m) for m in models
+        ),
         "models sharded by FSDP or ZeRO-3: ranks differ in their number of forwards": _is_sharded(models),
         "encoders, which see what follows (for a decoder, set `is_decoder=True` in its config)": any(
             # Any config may have been given one; whose class says so goes by it.

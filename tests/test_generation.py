@@ -39,6 +39,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 import autojudge_hf.adapter
+import autojudge_hf.model_properties
 from autojudge_hf import AutoJudge, JudgeConfig, JudgeDecoderOnlyOutput, judge_decoding, supported
 from autojudge_hf.caches import shrink
 from autojudge_hf.features import judge_inputs
@@ -904,8 +905,9 @@ def test_bad_calls_fail_before_any_forward(random_pair, linear_judge, options, m
 
 
 def test_models_that_are_refused(random_pair, top_k, monkeypatch):
-    """Encoder-decoder and stateful ones, and those with convolutions, as targets and assistants, before they run."""
+    """Encoder-decoder and stateful ones, and hybrids of families that are not let in, before they run."""
     model, _ = random_pair
+    monkeypatch.setattr(autojudge_hf.model_properties, "WITH_STATES", ("qwen3_next",))
     size = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2}
     mamba = MambaForCausalLM(MambaConfig(**size, state_size=4))
     t5 = T5ForConditionalGeneration(

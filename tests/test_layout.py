@@ -22,6 +22,7 @@ ORDER = [
     "head_inputs",
     "early_exit",
     "fixed_cache",
+    "state_layers",
     "caches",
     "forward",
     "features",

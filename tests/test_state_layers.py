@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hybrid models, whose states can't be taken back token by token: what they write is the same, and no row is lost."""
+
+import functools
+
+import pytest
+import reference
+import torch
+from conftest import PROMPT, random_llama, scaled_up, similar_model
+from test_evaluation import EvenLength
+from test_ways_to_call import GoneError, Listener
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+import autojudge_hf.generation
+from autojudge_hf import AutoJudge, JudgeConfig, evaluate_judge, judge_decoding, mine_mismatches
+from autojudge_hf.model_properties import CACHE_NAME, WITH_STATES
+from autojudge_hf.tasks import GSM8K
+
+
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": None,  # any token may be written
+    "bos_token_id": 0,
+    "eos_token_id": None,
+}
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+CONVOLUTIONS = {"layer_types": ["conv", "full_attention", "conv"]}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+FAMILIES = {
+    "qwen3_next": {**LINEAR, **EXPERTS},
+    "qwen3_5_text": LINEAR,
+    "qwen3_5_moe_text": {**LINEAR, **EXPERTS},
+    "lfm2": CONVOLUTIONS,
+    "lfm2_moe": {**CONVOLUTIONS, **EXPERTS, "num_dense_layers": 1},
+    "olmo_hybrid": LINEAR,
+    "granitemoehybrid": {
+        **MAMBA,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "num_local_experts": 0,
+        "shared_intermediate_size": 32,
+    },
+    "bamba": {**MAMBA, "attn_layer_indices": [1]},
+}
+LOSSLESS = {"do_sample": False, "judge_threshold": 0.0, "max_new_tokens": 100, "num_assistant_tokens": 4}
+
+
+def hybrid(family, seed=1, **sizes):
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family], **sizes})
+    model = scaled_up(AutoModelForCausalLM.from_config(config).eval())
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    model = hybrid("qwen3_5_text")
+    return model, similar_model(model)
+
+
+def test_every_family_that_is_let_in_is_tested():
+    assert set(FAMILIES) == set(WITH_STATES)
+
+
+def test_tokens_are_those_of_greedy_decoding(family, top_k):
+    """With an assistant that keeps a state, too, with one that is hardly ever right, and with one that keeps none."""
+    model = hybrid(family)
+    expected = reference.greedy(model, PROMPT[0].tolist(), 100, ())
+    widths = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    options = {"judge": top_k, "return_dict_in_generate": True, **LOSSLESS}
+    for assistant in (similar_model(model), hybrid(family, seed=2), random_llama()):
+        widths.clear()
+        output = model.generate(PROMPT, assistant_model=assistant, **options)
+        assert output.sequences[0].tolist() == expected
+        assert 0 <= output.num_matches < output.num_candidates
+        assert max(widths) <= autojudge_hf.generation.LONGEST_REREAD + 1 + 4
+    hook.remove()
+    # The last two were wrong so often that cycles without a draft had to come in between.
+    assert output.num_candidates < 4 * output.num_target_forwards - 3
+
+
+def test_judged_as_the_reference_is(family, monkeypatch):
+    """By the target's states, cycle by cycle; what was taken back is read again each time."""
+    monkeypatch.setattr(autojudge_hf.generation, "LONGEST_REREAD", 1000)
+    model = hybrid(family)
+    assistant = similar_model(model)
+    torch.manual_seed(0)
+    tensors = {"weight": torch.randn(32), "bias": torch.zeros(1)}
+    judge = AutoJudge.from_config(JudgeConfig(hidden_size=32))
+    judge.load_state_dict(tensors)
+    output = model.generate(
+        PROMPT,
+        assistant_model=assistant,
+        judge=judge,
+        return_dict_in_generate=True,
+        **{**LOSSLESS, "max_new_tokens": 60, "judge_threshold": 0.5},
+    )
+    expected, counts = reference.judged(model, assistant, PROMPT[0].tolist(), 60, (), 4, *tensors.values(), 0.5)
+    assert output.sequences[0].tolist() == expected
+    assert (output.num_matches, output.num_judge_accepted, output.num_judge_rejected) == counts
+    assert output.num_judge_accepted > 0 and output.num_judge_rejected > 0
+
+
+def test_a_target_without_a_state_and_an_assistant_with_one(top_k):
+    model = random_llama()
+    for assistant in (hybrid("qwen3_5_text"), hybrid("lfm2")):
+        for more in ({}, {"cache_implementation": "static"}):
+            got = model.generate(PROMPT, assistant_model=assistant, judge=top_k, **LOSSLESS, **more)
+            assert got[0].tolist() == reference.greedy(model, PROMPT[0].tolist(), 100, ())
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"num_assistant_tokens": 1},
+        {"num_assistant_tokens": 16},
+        {"num_assistant_tokens": "adaptive"},
+        {"prefill_chunk_size": 2},
+        {"cache_implementation": "static"},
+        {"repetition_penalty": 1.3},
+        {"max_new_tokens": 1},
+        {"max_new_tokens": 2},
+    ],
+)
+def test_however_it_is_called(qwen, top_k, more):
+    model, assistant = qwen
+    options = {**LOSSLESS, **more}
+    got = model.generate(PROMPT, assistant_model=assistant, judge=top_k, **options)
+    plain = {name: options[name] for name in ("max_new_tokens", "repetition_penalty") if name in options}
+    assert torch.equal(got, model.generate(PROMPT, do_sample=False, **plain))
+
+
+def test_without_a_judge(qwen):
+    """The assistant is the loop's alone: `generate` refuses it to such models."""
+    model, assistant = qwen
+    loop = functools.partial(judge_decoding, assistant_model=assistant)
+    got = model.generate(PROMPT, custom_generate=loop, do_sample=False, max_new_tokens=50)
+    assert torch.equal(got, model.generate(PROMPT, do_sample=False, max_new_tokens=50))
+    with pytest.raises(ValueError, match="not supported with stateful models"):
+        model.generate(PROMPT, assistant_model=assistant, max_new_tokens=5)
+
+
+def test_prompt_lookup_where_generate_lets_it(top_k):
+    model = hybrid("lfm2")
+    prompt = PROMPT.repeat(1, 3)
+    options = {**LOSSLESS, "prompt_lookup_num_tokens": 3, "return_dict_in_generate": True}
+    output = model.generate(prompt, judge=top_k, **options)
+    assert torch.equal(output.sequences, model.generate(prompt, do_sample=False, max_new_tokens=100))
+    assert output.num_matches > 0
+
+
+def test_sampling_draws_from_the_target(qwen, top_k):
+    model, assistant = qwen
+    options = {"do_sample": True, "top_k": 0, "temperature": 2.0, "max_new_tokens": 3, "num_assistant_tokens": 2}
+    torch.manual_seed(0)
+    drawn = torch.zeros(32, dtype=torch.long)
+    for _ in range(800):
+        text = model.generate(PROMPT, assistant_model=assistant, judge=top_k, judge_threshold=0.0, **options)
+        drawn[text[0, 8]] += 1
+    with torch.no_grad():
+        p_first = (model(PROMPT).logits[0, -1] / 2).softmax(-1)
+        texts = torch.cat([PROMPT.repeat(32, 1), torch.arange(32)[:, None]], dim=1)
+        p_second = (model(texts).logits[:, -1] / 2).softmax(-1)
+    assert reference.chi_square_p(drawn, p_first @ p_second) > reference.NOT_CHANCE
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2"])
+@pytest.mark.parametrize("judge_threshold", [0.0, 0.8])
+def test_a_cache_can_be_gone_on_with(family, top_k, judge_threshold):
+    """By us, and by `generate` itself; it holds the whole text but the newest token, or less."""
+    model = hybrid(family)
+    options = {"assistant_model": similar_model(model), "judge": top_k, **LOSSLESS, "max_new_tokens": 20}
+    options |= {"judge_threshold": judge_threshold, "return_dict_in_generate": True}
+    first = model.generate(PROMPT, **options)
+    text = torch.cat([first.sequences, PROMPT], dim=1)
+    expected = model.generate(text, do_sample=False, max_new_tokens=20)
+    cache = first[CACHE_NAME]
+    assert type(cache) is DynamicCache and PROMPT.shape[1] <= cache.get_seq_length() < first.sequences.shape[1]
+    options["judge_threshold"] = 0.0
+    second = model.generate(text, **{CACHE_NAME: cache}, **options)
+    assert torch.equal(second.sequences, expected)
+    text = torch.cat([expected, PROMPT], dim=1)
+    expected = model.generate(text, do_sample=False, max_new_tokens=20)
+    cache = second[CACHE_NAME]
+    assert torch.equal(model.generate(text, do_sample=False, max_new_tokens=20, **{CACHE_NAME: cache}), expected)
+
+
+@pytest.mark.parametrize("leaves_at", [2, 3, 4, 6])
+def test_a_call_that_is_broken_off_leaves_what_was_heard(qwen, top_k, leaves_at):
+    model, assistant = qwen
+    cache, listener = DynamicCache(config=model.config), Listener(leaves_at)
+    options = {"assistant_model": assistant, "judge": top_k, **LOSSLESS, "max_new_tokens": 40}
+    with pytest.raises(GoneError):
+        model.generate(PROMPT, streamer=listener, **{CACHE_NAME: cache}, **options)
+    assert cache.get_seq_length() <= 7 + len(listener.heard)
+    text = torch.cat([PROMPT, torch.tensor([[*listener.heard, 7, 8, 9, 1, 2]])], dim=1)
+    expected = model.generate(text, do_sample=False, max_new_tokens=40)
+    assert torch.equal(model.generate(text, **{CACHE_NAME: cache}, **options), expected)
+
+
+def test_a_call_that_fails_at_once_leaves_nothing(qwen, top_k):
+    model, assistant = qwen
+    cache = DynamicCache(config=model.config)
+    options = {"assistant_model": assistant, "judge": top_k, **LOSSLESS}
+
+    def fail(*_):
+        raise GoneError
+
+    hook = model.model.layers[-1].register_forward_hook(fail)
+    with pytest.raises(GoneError):
+        model.generate(PROMPT, **{CACHE_NAME: cache}, **options)
+    hook.remove()
+    expected = model.generate(PROMPT, do_sample=False, max_new_tokens=100)
+    assert torch.equal(model.generate(PROMPT, **{CACHE_NAME: cache}, **options), expected)
+
+
+def test_judges_are_measured(tokenizer, top_k):
+    model = hybrid("qwen3_5_text", vocab_size=len(tokenizer))
+    examples = [{"text": "A farmer has 12 cows.", "even": True}, {"text": "Four boxes hold", "even": False}]
+    options = {"thresholds": [1.0], "max_new_tokens": 21, "num_assistant_tokens": 4}
+    lossless, judged = evaluate_judge(model, similar_model(model), tokenizer, examples, EvenLength(), top_k, **options)
+    for example, text in zip(examples, lossless["texts"]):
+        ids = tokenizer(example["text"], return_tensors="pt", add_special_tokens=False)["input_ids"]
+        expected = model.generate(ids, do_sample=False, max_new_tokens=21)[0, ids.shape[1] :]
+        assert text == tokenizer.decode(expected, skip_special_tokens=True)
+    assert judged["num_target_forwards"] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"input_ids": PROMPT.repeat(2, 1)}, "several prompts, or padding, for a model that keeps a state"),
+        ({"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1, 1]])}, "several prompts, or padding, for a model that"),
+        ({"output_hidden_states": True}, "for a target that keeps a state"),
+    ],
+)
+def test_what_is_refused(qwen, top_k, more, message):
+    model, assistant = qwen
+    call = {"input_ids": PROMPT, "assistant_model": assistant, "judge": top_k, **LOSSLESS, **more}
+    hook = model.register_forward_pre_hook(lambda *_: pytest.fail("a forward"))
+    with pytest.raises(ValueError, match=message):
+        model.generate(**call)
+    hook.remove()
+
+
+def test_mining_is_refused(qwen, tokenizer):
+    for pair in (qwen, (random_llama(), qwen[1])):
+        with pytest.raises(ValueError, match=r"keep a state \(Qwen3_5ForCausalLM.*`margin` and `entropy`"):
+            mine_mismatches(*pair, tokenizer, [{"question": "?"}], GSM8K(), max_new_tokens=8, batch_size=1)
