@@ -134,5 +134,6 @@ def draft_schedule(
     is_static = generation_config.cache_implementation == "static"
     lengths = AdaptiveDraftLength.FEW_LENGTHS if is_static else AdaptiveDraftLength.LENGTHS
     of_pair = _learned.setdefault(model, WeakKeyDictionary()).setdefault(assistant_model or model, {})
-    drafter = generation_config.assistant_early_exit, generation_config.prompt_lookup_num_tokens
+    config = generation_config
+    drafter = config.assistant_early_exit, config.prompt_lookup_num_tokens, config.use_mtp
     return of_pair.setdefault((is_static, drafter, circumstances), AdaptiveDraftLength(lengths=lengths))

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from transformers import GenerationConfig
 
-from .checks import NEVER_MINED, check_is_judge, checked_judge
+from .checks import NEVER_MINED, check_is_judge, checked_draft_length, checked_judge
 from .configuration import public_name
+from .early_exit import first_layers
 from .generation import judge_decoding
 from .measuring import measure_decoding
 from .other_tokenizer import is_other_tokenizer
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .modeling import Judge
+
+
+#: Settings of a model's own `GenerationConfig` that name a drafter.
+DRAFTERS = ("use_mtp", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
 def evaluate_judge(
@@ -84,8 +89,13 @@ def rows_one_by_one(
     settings = dict(judge.config.decoding_settings)
     if not settings["do_sample"]:
         settings["top_k"] = 50  # `generate`'s default: it warns of any other without sampling
-    config = GenerationConfig(**settings, use_mtp=model.generation_config.use_mtp)
-    pair = model, assistant_model, config, is_other_tokenizer(tokenizer, assistant_tokenizer)
+    drafters = {name: getattr(model.generation_config, name) for name in DRAFTERS}
+    config = GenerationConfig(**settings, **drafters)
+    checked_draft_length(num_assistant_tokens, model, assistant_model, config)
+    drafter = assistant_model
+    if config.assistant_early_exit is not None:
+        drafter = first_layers(model, config.assistant_early_exit)
+    pair = model, drafter, config, is_other_tokenizer(tokenizer, assistant_tokenizer)
     values = [checked_judge(judge, threshold, *pair) for threshold in listed(thresholds)]
     measure = functools.partial(measure_decoding, model, tokenizer, examples, task, **options)
     # What mining never has, the model's own config may have.
@@ -163,7 +173,7 @@ def listed(thresholds: Iterable[float | str]) -> list[float | str]:
 def checked_name(value: Any, argument: str) -> str:
     """What a judge's card calls it: of a path, the last part. Raises a `ValueError` where there is none."""
     name = public_name(value) if isinstance(value, str) else None
-    if not name:
+    if not name or not name.strip(" ."):
         raise ValueError(f"`{argument}` must be a name, for the judge's card, got {value!r:.50}.")
     return name
 

@@ -62,6 +62,6 @@ def to_dataset(rows: list[dict[str, Any]], pair: dict[str, Any]) -> datasets.Dat
 
 
 def inner_text(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
-    """What tokens say inside a text: at its start, SentencePiece's would lose their leading blank."""
-    first = token_ids[:1]
-    return tokenizer.decode(first + token_ids)[len(tokenizer.decode(first)) :]
+    """What tokens say inside a text: at its start, SentencePiece's lose blanks, which a token's second time has."""
+    once, twice = (tokenizer.decode(token_ids[:1] * n) for n in (1, 2))
+    return " " * (len(twice) - 2 * len(once)) + tokenizer.decode(token_ids)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 #: A target leaves its heads in its checkpoint; they are read at the first call.
 _heads: WeakKeyDictionary[PreTrainedModel, MtpModel] = WeakKeyDictionary()
+_loading = threading.Lock()
 
 
 class MTPCandidateGenerator(Drafter):
@@ -127,12 +130,23 @@ def _heads_of(model: PreTrainedModel) -> MtpModel:
             f"`use_mtp` takes transformers 5.20 or newer, got {transformers.__version__}: this one can't run a head "
             "on its own."
         )
+    if not model.config.name_or_path:
+        raise ValueError(
+            f"`use_mtp` reads a target's heads from its checkpoint, and this {type(model).__name__} has none: load it "
+            "with `from_pretrained`."
+        )
     like = next(model.get_decoder().layers[-1].parameters())
     device = torch.device("cpu") if like.is_meta else like.device  # of one that is offloaded
-    if model not in _heads:
-        _heads[model] = MtpModel.from_pretrained(model, device_map={"": device})
-    # The model may have moved since. Embeddings and head are its own.
-    _heads[model].layers.to(device, model.dtype).eval()
-    if _heads[model].use_shared_post_norm:
-        _heads[model].shared_post_norm.to(device, model.dtype)
-    return _heads[model]
+    with _loading:  # loading sets the default dtype of the process for a while
+        if model not in _heads:
+            _heads[model] = MtpModel.from_pretrained(model, device_map={"": device})
+    heads = _heads[model]
+    # The model may have changed since, and its embeddings and head, which are theirs, may be others.
+    heads.tie_with_main_model(model)
+    # But not a buffer that grows with the text (dynamic NTK): heads look farther ahead than the target does.
+    heads.rotary_emb = copy.deepcopy(heads.rotary_emb)
+    own = [heads.layers, heads.shared_post_norm] if heads.use_shared_post_norm else [heads.layers]
+    has_changed = heads.layers[0].eh_proj.weight.dtype != model.dtype
+    for module in own:
+        module.to(device, model.dtype if has_changed else None).eval()
+    return heads

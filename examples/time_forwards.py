@@ -79,13 +79,13 @@ def grouped_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """`sdpa` without a copy of keys and values for each head that shares them: its queries are more rows."""
-    heads, shared_by = query.shape[1], query.shape[1] // key.shape[1]
+    shared_by = query.shape[1] // key.shape[1]
     if attention_mask is None or attention_mask.shape[1] != 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     rows = query.unflatten(1, (-1, shared_by)).flatten(2, 3)
     mask = attention_mask.repeat(1, 1, shared_by, 1)
     output = torch.nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
-    return output.unflatten(2, (shared_by, -1)).view(len(query), heads, -1, value.shape[-1]).transpose(1, 2), None
+    return output.unflatten(2, (shared_by, -1)).flatten(1, 2).transpose(1, 2), None
 
 
 AttentionInterface.register("grouped", grouped_attention)

@@ -11,6 +11,7 @@ import reference
 import torch
 from conftest import random_llama, similar_model
 
+import autojudge_hf.evaluation
 from autojudge_hf import AutoJudge, JudgeConfig, evaluate_judge, evaluation_summary
 from autojudge_hf.checks import NEVER_MINED
 from autojudge_hf.evaluation import paired_interval
@@ -256,7 +257,7 @@ def test_what_is_no_dataset_and_no_task(pair, tokenizer, top_k):
             measure(dataset=EXAMPLES, task=EvenLength(), thresholds=wrong)
     rows = measure(dataset=EXAMPLES, task=EvenLength())
     named = {"dataset": "made-up", "split": "test"}
-    for wrong in ({**named, "dataset": None}, {**named, "dataset": "/"}, {**named, "split": 3}):
+    for wrong in (*({**named, "dataset": name} for name in (None, "/", "..", " ")), {**named, "split": 3}):
         with pytest.raises(ValueError, match="must be a name, for the judge's card"):
             evaluation_summary(rows, **wrong)
 
@@ -305,3 +306,18 @@ def test_ties_of_half_precision_are_not_highlighted(target, draft, tokenizer, te
         num_ties += int((choices != sequence[ids.shape[1] :]).sum())
         assert "\033" not in highlight_accepted(model, tokenizer, sequence, ids.shape[1])
     assert num_ties > 0
+
+
+def test_the_models_config_may_name_the_drafter(pair, tokenizer, monkeypatch):
+    """And then a judge may read what that one thought; without any, nothing is decoded."""
+    model, _ = pair
+    kl = AutoJudge.from_config(JudgeConfig(judge_type="kl"))
+    options = {"thresholds": [1.0], "max_new_tokens": 21, "num_assistant_tokens": 4}
+    measure = functools.partial(evaluate_judge, model, None, tokenizer, EXAMPLES, EvenLength(), kl, **options)
+    monkeypatch.setattr(model.generation_config, "assistant_early_exit", 1)
+    _, judged = measure()
+    assert judged["num_target_forwards"] == [4, 4, 4]
+    monkeypatch.setattr(model.generation_config, "assistant_early_exit", None)
+    monkeypatch.setattr(autojudge_hf.evaluation, "measure_decoding", lambda *args, **kw: pytest.fail("decoding"))
+    with pytest.raises(ValueError, match="needs a drafter: expected"):
+        measure()

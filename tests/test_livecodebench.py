@@ -15,6 +15,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -444,6 +445,8 @@ def test_pass_at_k_is_unbiased():
     assert mean == pytest.approx(1 - (1 - p) ** k)
     with pytest.raises(ValueError, match="at least 3 samples a problem, got 2"):
         pass_at_k(2, 1, 3)
+    with pytest.raises(ValueError, match="`k` must be at least 1, got 0"):
+        pass_at_k(2, 1, 0)
 
 
 def test_metric():
@@ -451,4 +454,8 @@ def test_metric():
     references = [row()] * 2
     scores = PassAtK().compute(predictions=[[right, wrong], [wrong, wrong]], references=references, k=(1, 2))
     assert scores == {"pass@1": 0.25, "pass@2": 0.5}
-    assert PassAtK().compute(predictions=[[right, wrong]], references=[row()], k=1) == {"pass@1": 0.5}
+    assert PassAtK().compute(predictions=[[right, wrong]], references=[row()], k=np.int64(1)) == {"pass@1": 0.5}
+    metric = PassAtK()
+    metric.add(prediction=[right], reference=row())
+    metric.add(prediction=[wrong], reference=row())
+    assert metric.compute() == {"pass@1": 0.5}

@@ -766,7 +766,7 @@ def test_bad_input(random_pair, tmp_path):
 @pytest.mark.parametrize("scheme", ["llama", "always", "first"])
 def test_tokens_are_told_with_their_leading_blanks(scheme):
     """A SentencePiece tokenizer's decoder takes the blank from whatever it finds first."""
-    vocabulary = ["<unk>", "\u2581so", "so", "\u2581", ".", "\u2581."]
+    vocabulary = ["<unk>", "\u2581so", "so", "\u2581", ".", "\u2581.", "<0xE2>", "<0x82>", "<0xAC>"]
     model = models.BPE({piece: i for i, piece in enumerate(vocabulary)}, [], unk_token="<unk>")
     backend = Tokenizer(model)
     blanks = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -776,3 +776,5 @@ def test_tokens_are_told_with_their_leading_blanks(scheme):
     told = [inner_text(tokenizer, [token]) for token in range(1, 6)]
     assert told == [" so", "so", " ", ".", " ."]
     assert inner_text(tokenizer, [1, 2, 5]) == " soso ." and inner_text(tokenizer, []) == ""
+    if scheme == "llama":
+        assert inner_text(tokenizer, [6, 7, 8, 1]) == "\u20ac so"

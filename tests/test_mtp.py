@@ -5,6 +5,8 @@ import copy
 import functools
 import gc
 import json
+import threading
+import time
 import weakref
 
 import pytest
@@ -82,16 +84,17 @@ def save_with_heads(whole, folder, num_heads, layer_name, name, **config):
     (folder / "config.json").write_text(json.dumps(saved))
 
 
-def save_glm(folder):
-    """Two heads, whose layers follow the model's own."""
+def save_glm(folder, num_heads=2, **sizes):
+    """Heads whose layers follow the model's own."""
     torch.manual_seed(3)
     experts = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
-    whole = Glm4MoeForCausalLM(Glm4MoeConfig(num_hidden_layers=NUM_LAYERS + 2, **experts, **SIZES))
+    config = Glm4MoeConfig(num_hidden_layers=NUM_LAYERS + num_heads, **{**experts, **SIZES, **sizes})
+    whole = Glm4MoeForCausalLM(config)
 
     def name(i, of):
         return f"model.layers.{NUM_LAYERS + i}.{'shared_head.norm' if of == 'norm' else of}.weight"
 
-    save_with_heads(whole, folder, 2, lambda i: f"model.layers.{NUM_LAYERS + i}.", name)
+    save_with_heads(whole, folder, num_heads, lambda i: f"model.layers.{NUM_LAYERS + i}.", name)
 
 
 def save_mellum(folder, **sizes):
@@ -113,17 +116,26 @@ def save_mellum(folder, **sizes):
     )
 
 
-FAMILIES = {"glm": (save_glm, Glm4MoeForCausalLM, 2), "mellum": (save_mellum, MellumForCausalLM, 1)}
+def save_three_heads(folder):
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 8.0, "partial_rotary_factor": 1.0}
+    save_glm(folder, 3, max_position_embeddings=24, rope_parameters=rope)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+FAMILIES = {
+    "glm": (save_glm, Glm4MoeForCausalLM, 2),
+    "mellum": (save_mellum, MellumForCausalLM, 1),
+    "three_heads": (save_three_heads, Glm4MoeForCausalLM, 3),
+}
+
+
+@pytest.fixture(scope="module", params=["glm", "mellum"])
 def family(request, tmp_path_factory):
     """A checkpoint's folder, the class that it is of, and the number of heads."""
     save, model_class, num_heads = FAMILIES[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     save(folder)
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "glm":
+        if model_class is Glm4MoeForCausalLM:
             # The class knows the layer numbers of the sizes that were published.
             own = rf"model\.layers\.[{NUM_LAYERS}-{NUM_LAYERS + num_heads - 1}]\."
             patch.setattr(model_class, "_keys_to_ignore_on_load_unexpected", [own])
@@ -307,6 +319,67 @@ def test_heads_are_read_once_and_go_with_their_model(family, top_k, monkeypatch)
 
 
 @runs
+def test_heads_use_what_their_model_has_now(family):
+    """Other embeddings and another head, say; and what stock keeps in full precision stays in it."""
+    target, judge = load(family), AutoJudge.from_config(JudgeConfig(judge_type="kl"))
+    options = {**OPTIONS, "use_mtp": True, "judge": judge, "judge_threshold": 0.0}
+    target.generate(torch.tensor(PROMPTS[:1]), **options)
+    target.resize_token_embeddings(24)
+    target.lm_head = copy.deepcopy(target.lm_head)
+    expected = target.generate(torch.tensor(PROMPTS[:1]), **OPTIONS)
+    assert torch.equal(target.generate(torch.tensor(PROMPTS[:1]), **options), expected)
+    heads = MTPCandidateGenerator(target, do_sample=False, output_logits=False).heads
+    assert heads.shared_head is target.lm_head
+    folder, model_class, _ = family
+    half = model_class.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    half.generate(torch.tensor(PROMPTS[:1]), **options)
+    heads = MTPCandidateGenerator(half, do_sample=False, output_logits=False).heads
+    dtypes = [
+        {name.partition("mlp.")[2]: x.dtype for name, x in layer.state_dict().items() if "mlp." in name}
+        for layer in (heads.layers[0], half.model.layers[-1])
+    ]
+    assert dtypes[0] == dtypes[1]
+
+
+@runs
+@pytest.mark.parametrize("family", ["three_heads"], indirect=True)
+def test_heads_that_look_beyond_the_targets_positions(family, top_k):
+    """Rotations that change with the length seen (dynamic NTK) are the target's alone."""
+    target = load(family)
+    for seed in range(12):
+        torch.manual_seed(seed)
+        prompt = torch.randint(1, 16, (1, 11))
+        options = {"do_sample": False, "max_new_tokens": 40}
+        expected = target.generate(prompt, **options)
+        got = target.generate(prompt, use_mtp=True, judge=top_k, judge_threshold=0.0, **options)
+        assert torch.equal(got, expected), seed
+
+
+@runs
+def test_threads_read_the_heads_once(family, top_k, monkeypatch):
+    """And leave the process's default dtype alone."""
+    folder, model_class, _ = family
+    target = model_class.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    read, calls = MtpModel.from_pretrained, []
+
+    def slowly(*args, **kwargs):
+        calls.append(1)
+        time.sleep(0.1)
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(MtpModel, "from_pretrained", slowly)
+    options = {**OPTIONS, "use_mtp": True, "judge": top_k}
+    threads = [
+        threading.Thread(target=target.generate, args=(torch.tensor(PROMPTS[:1]),), kwargs=options) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1 and torch.get_default_dtype() == torch.float32
+
+
+@runs
 def test_an_offloaded_target(pair, top_k):
     target, _ = pair
     offloaded = cpu_offload(copy.deepcopy(target), execution_device="cpu")
@@ -335,6 +408,10 @@ def test_what_cannot_work_is_refused(pair, top_k):
 @runs
 def test_a_checkpoint_without_heads_is_told_before_any_forward(family, top_k, tmp_path):
     model = load(family)
+    made = type(model)(copy.deepcopy(model.config))
+    made.config.name_or_path = ""
+    with pytest.raises(ValueError, match="reads a target's heads from its checkpoint, and this .* has none"):
+        made.generate(torch.tensor(PROMPTS[:1]), judge=top_k, use_mtp=True, **OPTIONS)
     model.save_pretrained(tmp_path)
     model = type(model).from_pretrained(tmp_path, dtype=torch.float32)
     model.register_forward_pre_hook(lambda *_: pytest.fail("a forward"))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from math import comb
 
@@ -20,7 +21,9 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     Raises:
         ValueError: for more draws than samples.
     """
-    if not 1 <= k <= num_samples:
+    if k < 1:
+        raise ValueError(f"`k` must be at least 1, got {k}.")
+    if k > num_samples:
         raise ValueError(f"pass@{k} needs at least {k} samples a problem, got {num_samples}.")
     return 1.0 - comb(num_samples - num_correct, k) / comb(num_samples, k)
 
@@ -63,8 +66,14 @@ class PassAtK(evaluate.Metric):
 
     def add_batch(self, *, predictions: list[list[str]], references: list[dict[str, str]], **kwargs) -> None:
         """As in `evaluate.Metric`, which would refuse the other columns of a problem, and `None`."""
-        references = [{name: problem.get(name) or "" for name in self.columns} for problem in references]
-        super().add_batch(predictions=predictions, references=references, **kwargs)
+        super().add_batch(predictions=predictions, references=list(map(self._tests, references)), **kwargs)
+
+    def add(self, *, prediction: list[str], reference: dict[str, str], **kwargs) -> None:
+        """The same."""
+        super().add(prediction=prediction, reference=self._tests(reference), **kwargs)
+
+    def _tests(self, problem: dict[str, str]) -> dict[str, str]:
+        return {name: problem.get(name) or "" for name in self.columns}
 
     def _compute(
         self, predictions: list[list[str]], references: list[dict[str, str]], k: int | Sequence[int] = 1
@@ -72,6 +81,6 @@ class PassAtK(evaluate.Metric):
         examples = [example for example, responses in zip(references, predictions) for _ in responses]
         answers = self.task.extract_answers(examples, [text for responses in predictions for text in responses])
         passed = iter([self.task.is_correct(*pair) for pair in zip(examples, answers)])
-        draws = [k] if isinstance(k, int) else k
+        draws = [k] if isinstance(k, numbers.Integral) else k
         counts = [(len(responses), sum(next(passed) for _ in responses)) for responses in predictions]
         return {f"pass@{n}": sum(pass_at_k(*count, n) for count in counts) / len(counts) for n in draws}
