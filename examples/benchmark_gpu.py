@@ -45,6 +45,18 @@ from autojudge_hf.measuring import decode_batch
 
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "rope_theta": 500000.0, "num_key_value_heads": 8}
 QWEN = {"model_type": "qwen2", "vocab_size": 152064, "rope_theta": 1000000.0}
+#: Three layers of four have a state in place of keys and values, as in Qwen3.5.
+HYBRID = {
+    "model_type": "qwen3_5_text",
+    "vocab_size": 8192,
+    "head_dim": 64,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "linear_num_key_heads": 8,
+    "linear_num_value_heads": 16,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
 TINY = {"model_type": "llama", "vocab_size": 8192, "num_key_value_heads": 2, "num_attention_heads": 4}
 #: Hidden size, layers, heads, MLP width of Llama 3.1 8B and 3.2 1B, Qwen2.5 7B and 0.5B.
 PAIRS = {
@@ -70,6 +82,10 @@ PAIRS = {
             "num_key_value_heads": 2,
             "intermediate_size": 4864,
         },
+    ),
+    "hybrid": (
+        {**HYBRID, "hidden_size": 1024, "num_hidden_layers": 12, "intermediate_size": 3584},
+        {**HYBRID, "hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 512},
     ),
     "tiny": (
         {**TINY, "hidden_size": 256, "num_hidden_layers": 3, "intermediate_size": 512},
@@ -108,7 +124,8 @@ def counting_model(sizes: dict[str, Any], skips: torch.Tensor, marked: torch.Ten
         embeddings += torch.where(marked[: len(embeddings), None], 0.5, -0.5)
     embeddings /= embeddings.norm(dim=-1, keepdim=True)
     for layer in model.model.layers:
-        layer.self_attn.o_proj.weight.data.zero_()
+        mixed = layer.self_attn.o_proj if hasattr(layer, "self_attn") else layer.linear_attn.out_proj
+        mixed.weight.data.zero_()
         layer.mlp.down_proj.weight.data.zero_()
     tokens = torch.arange(len(embeddings), device=args.device)
     followers = (tokens + 1 + skips[: len(embeddings)].long()) % len(embeddings)
@@ -194,11 +211,14 @@ def ways_to_decode(draft: PreTrainedModel | None, judge: AutoJudge | None, args)
         ways += [Way("target alone", 0, b, {}), Way("target alone, static", 0, b, static)]
         for k in args.draft_lengths:
             shared = {"assistant_model": draft, "return_dict_in_generate": True}
+            # Hybrids, to which stock generation refuses an assistant.
+            is_stateful = draft is not None and draft._is_stateful
+            of_loop = {**shared, "assistant_model": None} if is_stateful else shared
             loop = functools.partial(judge_decoding, assistant_model=draft, num_assistant_tokens=k)
-            if b == 1:
+            if b == 1 and not is_stateful:
                 ways.append(Way("stock assisted", k, b, shared))
             for name, cache in (("", {}), (", static", static)):
-                ways.append(Way(f"ours lossless{name}", k, b, {**shared, **cache, "custom_generate": loop}))
+                ways.append(Way(f"ours lossless{name}", k, b, {**of_loop, **cache, "custom_generate": loop}))
                 judged = {**shared, **cache, "judge": judge, "num_assistant_tokens": k}
                 # A threshold that is as good as 0 asks the judge and accepts nothing: what judging costs.
                 ways.append(Way(f"ours, judge rejects all{name}", k, b, {**judged, "judge_threshold": 1e-30}))
@@ -268,9 +288,9 @@ def print_row(cells: Sequence[Any]) -> None:
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
-def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def parse_arguments(parser: argparse.ArgumentParser, pairs: Sequence[str] = tuple(PAIRS)) -> argparse.Namespace:
     """The parser's own, and those of the pair. On a CPU it is fp32."""
-    parser.add_argument("--pair", choices=list(PAIRS), default="llama")
+    parser.add_argument("--pair", choices=pairs, default="llama")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--agreement", type=share, default=0.82, help="share of tokens at which the draft agrees")

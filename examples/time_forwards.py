@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--prompt_length", type=positive_int, default=128)
     parser.add_argument("--rounds", type=positive_int, default=5)
     parser.add_argument("--repeats", type=positive_int, default=20, help="calls in a row")
-    args = parse_arguments(parser)
+    args = parse_arguments(parser, pairs=("llama", "qwen", "tiny"))
     if (longest := args.prompt_length + 2 * args.draft_length) >= MAX_LENGTH:
         parser.error(
             f"--prompt_length and twice --draft_length must be less than {MAX_LENGTH} together, got {longest}."

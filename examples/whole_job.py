@@ -68,7 +68,7 @@ def main() -> None:
     )
     parser.add_argument("--num_tokens", type=positive_int, default=128)
     parser.add_argument("--draft_length", type=positive_int, default=16)
-    args = parse_arguments(parser)
+    args = parse_arguments(parser, pairs=("llama", "qwen", "tiny"))
     if args.num_examples < 2:
         parser.error(f"--num_examples must be at least 2, one of them to validate on, got {args.num_examples}.")
     # No number is in two texts, and none comes to the end of the vocabulary.

@@ -476,6 +476,17 @@ def test_models_of_the_gpu_benchmark_do_as_they_are_told():
             assert torch.equal(outputs.hidden_states[-1][:, 0].mean(dim=-1) > 0, important[:-2])
 
 
+def test_a_planted_hybrid_counts_too():
+    """Through its states, and as its own assistant."""
+    args = argparse.Namespace(device="cpu", dtype=torch.float32)
+    sizes = {**GPU_PAIRS["hybrid"][1], "linear_num_value_heads": 8, "num_attention_heads": 4}
+    model = counting_model(sizes, torch.zeros(8192, dtype=torch.bool), None, args)
+    prompt = torch.arange(30, 40)[None]
+    judge = AutoJudge.from_config(JudgeConfig(judge_type="margin"))
+    output = model.generate(prompt, assistant_model=model, judge=judge, judge_threshold=0.0, max_new_tokens=12)
+    assert output[0].tolist() == list(range(30, 52))
+
+
 def test_the_gpu_that_is_asked_for_is_the_current_one(monkeypatch):
     current = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
