@@ -130,6 +130,10 @@ def leave_behind(cache: Cache, length: int) -> None:
     It holds more where a call was broken off, in some of its layers if that was in a forward.
     """
     if states := state_layers(cache):
+        kept = {layer.kept_length for layer in states}
+        if len(kept) > 1 or None in kept or max(kept) > length:  # broken off where copies were made, or right behind
+            for layer in states:
+                layer.forget()
         _go_back(cache, states)
         cache.layers = [x.plain() if isinstance(x, StateLayer) else x for x in cache.layers]
     for layer in filled_layers(cache):

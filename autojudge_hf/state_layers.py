@@ -13,22 +13,37 @@ class StateLayer(LinearAttentionLayer):
     Args:
         layer (`LinearAttentionLayer`): whose states it goes on with.
         length (`int`): how many tokens these have seen, all of them there to stay.
+
+    Attributes:
+        kept_length (`int`, *optional*): how many tokens the copies have seen; `None` while they are made.
     """
+
+    kept_length: int | None
 
     def __init__(self, layer: LinearAttentionLayer, length: int):
         vars(self).update(vars(layer))
+        # Stock assisted generation leaves what it needed to take tokens back from convolutions.
+        self.record_past = False
+        for i, states in self.conv_states.items():
+            if states is not None:
+                self.conv_states[i] = states[..., -self.conv_kernel_size[i] :]
         self._copies: dict[tuple[str, int], torch.Tensor] = {}
         self.keep(length)
 
     @torch.inference_mode()
     def keep(self, length: int) -> None:
         """Copies the states: `length` tokens are there to stay."""
-        self.kept_length = length
+        self.kept_length = None  # or a call that is broken off here would leave some of either
         for name, states in self._states().items():
             if name in self._copies:
                 self._copies[name].copy_(states)
             else:
                 self._copies[name] = states.clone()
+        self.kept_length = length
+
+    def forget(self) -> None:
+        """Nothing is there to stay."""
+        self.kept_length = 0
 
     @torch.inference_mode()
     def go_back(self) -> None:

@@ -2,6 +2,7 @@
 """Hybrid models, whose states can't be taken back token by token: what they write is the same, and no row is lost."""
 
 import functools
+import itertools
 
 import pytest
 import reference
@@ -10,10 +11,13 @@ from conftest import PROMPT, random_llama, scaled_up, similar_model
 from test_evaluation import EvenLength
 from test_ways_to_call import GoneError, Listener
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 import autojudge_hf.generation
 from autojudge_hf import AutoJudge, JudgeConfig, evaluate_judge, judge_decoding, mine_mismatches
+from autojudge_hf.candidate_generator import JudgeCandidateGenerator
 from autojudge_hf.model_properties import CACHE_NAME, WITH_STATES
+from autojudge_hf.state_layers import StateLayer
 from autojudge_hf.tasks import GSM8K
 
 
@@ -223,6 +227,55 @@ def test_a_call_that_is_broken_off_leaves_what_was_heard(qwen, top_k, leaves_at)
     text = torch.cat([PROMPT, torch.tensor([[*listener.heard, 7, 8, 9, 1, 2]])], dim=1)
     expected = model.generate(text, do_sample=False, max_new_tokens=40)
     assert torch.equal(model.generate(text, **{CACHE_NAME: cache}, **options), expected)
+
+
+def broken_at(last, method):
+    calls = itertools.count(1)
+
+    def broken(*args):
+        if next(calls) == last:
+            raise GoneError
+        return method(*args)
+
+    return broken
+
+
+@pytest.mark.parametrize("name", ["rewind", "keep"])
+@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2"])
+def test_a_call_that_is_broken_off_while_it_copies(family, name, top_k, monkeypatch):
+    """What it leaves is of one piece, for stock `generate` as well, wherever that was."""
+    model = hybrid(family)
+    owner = {"rewind": JudgeCandidateGenerator, "keep": StateLayer}[name]
+    options = {"assistant_model": similar_model(model), "judge": top_k, **LOSSLESS, "max_new_tokens": 40}
+    plain = {"do_sample": False, "max_new_tokens": 20}
+    # The cache has some of what is written here, or nothing.
+    text = model.generate(PROMPT, do_sample=False, max_new_tokens=45)
+    expected, lengths = model.generate(text, **plain), set()
+    for last in range(1, 9):
+        for more in (plain, {**options, **plain}):
+            cache = DynamicCache(config=model.config)
+            with monkeypatch.context() as patch, pytest.raises(GoneError):
+                patch.setattr(owner, name, broken_at(last, getattr(owner, name)))
+                model.generate(PROMPT, **{CACHE_NAME: cache}, **options)
+            assert {type(layer) for layer in cache.layers} == {DynamicLayer, LinearAttentionLayer}
+            lengths.add(cache.get_seq_length())
+            assert torch.equal(model.generate(text, **{CACHE_NAME: cache}, **more), expected), last
+    assert len(lengths) > 1
+
+
+@pytest.mark.parametrize("drafter", ["assistant", "prompt"])
+def test_a_cache_that_stock_assisted_generation_returned(drafter, top_k):
+    """Its convolutions hold more than they need."""
+    model = hybrid("lfm2")
+    assistant = similar_model(model)
+    options = {"prompt_lookup_num_tokens": 3} if drafter == "prompt" else {"assistant_model": assistant}
+    first = model.generate(
+        PROMPT.repeat(1, 2), do_sample=False, max_new_tokens=20, return_dict_in_generate=True, **options
+    )
+    text = torch.cat([first.sequences, PROMPT], dim=1)
+    expected = model.generate(text, do_sample=False, max_new_tokens=100)
+    cache = {CACHE_NAME: first[CACHE_NAME]}
+    assert torch.equal(model.generate(text, assistant_model=assistant, judge=top_k, **cache, **LOSSLESS), expected)
 
 
 def test_a_call_that_fails_at_once_leaves_nothing(qwen, top_k):
