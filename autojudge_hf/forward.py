@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from .caches import rewind
 from .fixed_cache import FixedCache
 from .model_properties import CACHE_NAME, CHOOSES_HIDDEN_STATES, forward_parameters
 
@@ -84,6 +85,7 @@ def last_chunk(
     while tokens.shape[1] > chunk_size:
         mask = None if attention_mask is None else attention_mask[:, : chunk_size - tokens.shape[1]]
         cached_forward(model, tokens[:, :chunk_size], cache, mask)
+        rewind(cache, [0] * len(tokens))  # by nothing: sliding layers forget what they may from one to the next
         tokens = tokens[:, chunk_size:]
     return tokens
 
