@@ -112,8 +112,7 @@ def checked_judge(
             raise ValueError(f"`judge_threshold={judge_threshold}` needs a `judge`, got None.")
         return 0.0
     check_is_judge(judge)
-    config = judge.config
-    use_mtp = getattr(generation_config, "use_mtp", None)
+    config, use_mtp = judge.config, generation_config.use_mtp
     if use_mtp:
         drafter = "`use_mtp`"
     elif has_other_tokenizer:

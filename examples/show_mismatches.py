@@ -16,8 +16,6 @@ from pathlib import Path
 
 from arguments import positive_int
 
-from autojudge_hf.mined_rows import inner_text
-
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -43,6 +41,8 @@ __SECTIONS__
 
 def section(rows: list[dict], tokenizer) -> str:
     """A response with its mismatches, which are ordered by position."""
+    from autojudge_hf.mined_rows import inner_text
+
     *_, last = rows
     tokens = [*last["input_ids"], last["target_token_id"] if last["label"] else last["candidate_token_id"]]
     parts, start = [], last["prompt_length"]

@@ -4,6 +4,7 @@
 import reference
 import torch
 from conftest import left_padded
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from autojudge_hf import AutoJudge, JudgeConfig
 
@@ -38,6 +39,20 @@ def drafts_of_a_judged_call(monkeypatch, drafter, pair, judge, num_rows, window,
     assert output.num_judge_accepted.sum() > 0 and output.num_judge_rejected.sum() > 0
     assert len({len(text) for text, _ in drafts}) > 5 and max(len(text) for text, _ in drafts) > 3 * window
     return drafts
+
+
+def drafts_of_stock(model, generator, tokens):
+    """What one of transformers' generators drafts behind a text, from one forward of its target over all of it."""
+    text = torch.tensor([tokens])
+    outputs = model(text[:, :-1], **generator.model_kwargs_overrides)
+    drafted, _ = generator.get_candidates(
+        text,
+        model_kwargs={"attention_mask": torch.ones_like(text), "position_ids": torch.arange(len(tokens))[None]},
+        model_outputs=CausalLMOutputWithPast(hidden_states=outputs.hidden_states),
+        is_first_iteration=False,
+        n_last_matches=0,
+    )
+    return drafted[0, len(tokens) :].tolist()
 
 
 def check_lossless(pair, judge, num_rows, **options):

@@ -15,6 +15,7 @@ from drafter_oracles import (
     check_rows_alone,
     check_sampling,
     drafts_of_a_judged_call,
+    drafts_of_stock,
 )
 from transformers import (
     CohereConfig,
@@ -36,7 +37,6 @@ from transformers import (
     OPTForCausalLM,
     RepetitionPenaltyLogitsProcessor,
 )
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from autojudge_hf import AutoJudge, JudgeConfig, judge_decoding, mine_mismatches
 from autojudge_hf.dflash import DFlashCandidateGenerator
@@ -109,15 +109,7 @@ def stock_draft(model, assistant, tokens, penalty):
         model_kwargs={},
         assistant_model=assistant,
     )
-    outputs = model(text[:, :-1], **generator.model_kwargs_overrides)
-    drafted, _ = generator.get_candidates(
-        text,
-        model_kwargs={"attention_mask": torch.ones_like(text), "position_ids": torch.arange(len(tokens))[None]},
-        model_outputs=CausalLMOutputWithPast(hidden_states=outputs.hidden_states),
-        is_first_iteration=False,
-        n_last_matches=0,
-    )
-    return drafted[0, len(tokens) :].tolist()
+    return drafts_of_stock(model, generator, tokens)
 
 
 @pytest.mark.parametrize(

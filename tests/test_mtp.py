@@ -20,6 +20,7 @@ from drafter_oracles import (
     check_rows_alone,
     check_sampling,
     drafts_of_a_judged_call,
+    drafts_of_stock,
 )
 from safetensors.torch import load_file, save_file
 from test_evaluation import EvenLength
@@ -36,7 +37,6 @@ from transformers import (
 from transformers.cache_utils import MtpCache
 from transformers.generation import candidate_generator
 from transformers.modeling_layers import MtpModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from autojudge_hf import AutoJudge, JudgeConfig, evaluate_judge, judge_decoding
 from autojudge_hf.fixed_cache import FixedCache
@@ -155,22 +155,13 @@ def pair(family):
 
 def stock_draft(model, tokens, penalty):
     """What transformers' own generator drafts behind a text, from one forward over all of it."""
-    text = torch.tensor([tokens])
     generator = candidate_generator.MTPCandidateGenerator(
         model,
         GenerationConfig(do_sample=False),
         {},
         LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)]),
     )
-    outputs = model(text[:, :-1], **generator.model_kwargs_overrides)
-    drafted, _ = generator.get_candidates(
-        text,
-        model_kwargs={"attention_mask": torch.ones_like(text), "position_ids": torch.arange(len(tokens))[None]},
-        model_outputs=CausalLMOutputWithPast(hidden_states=outputs.hidden_states),
-        is_first_iteration=False,
-        n_last_matches=0,
-    )
-    return drafted[0, len(tokens) :].tolist()
+    return drafts_of_stock(model, generator, tokens)
 
 
 @runs
