@@ -13,13 +13,14 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
     StaticLayer,
 )
 
 from .fixed_cache import FixedCache, LayerOfAnother
 from .model_properties import goes_on_from_states
-from .state_layers import StateLayer, state_layers
+from .state_copies import StateCopies, layers_with_states
 
 
 if TYPE_CHECKING:
@@ -51,21 +52,24 @@ def rewindable_cache(model: PreTrainedModel) -> DynamicCache:
 
 def make_rewindable(cache: DynamicCache) -> None:
     """What it holds is there to stay; what comes can be taken back from all of its layers."""
-    length = cache.get_seq_length() if cache.layers else 0
-    cache.layers = [StateLayer(x, length) if type(x) is LinearAttentionLayer else x for x in cache.layers]
-    cache.activate_past_recording()
+    for layer in cache.layers:
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.activate_past_recording()
+    if layers_with_states(cache):
+        cache.state_copies = StateCopies(cache, cache.get_seq_length())
 
 
 def other_layers(cache: Cache, model: PreTrainedModel) -> list[str]:
     """Kinds of the cache's layers from which tokens can't be taken back, or behind which `model` couldn't go on."""
     known = [DynamicLayer, DynamicSlidingWindowLayer, LayerOfAnother]
-    known += [LinearAttentionLayer] if goes_on_from_states(model) else []
+    if goes_on_from_states(model):
+        known += [LinearAttentionLayer, LinearAttentionAndFullAttentionLayer]
     return sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in known})
 
 
 def filled_layers(cache: Cache) -> list[DynamicLayer | StaticLayer]:
     """Those that hold keys and values; some models have fewer than their config says (BART)."""
-    layers = (layer for layer in cache.layers if not isinstance(layer, LinearAttentionLayer))
+    layers = (layer for layer in cache.layers if isinstance(layer, (DynamicLayer, StaticLayer)))
     return [layer for layer in layers if layer.keys is not None]
 
 
@@ -76,11 +80,12 @@ def rewind(cache: Cache, removed: Sequence[int]) -> None:
     with a state go back farther, and with them the others: to where nothing was taken back for the last time.
     """
     least = min(removed)
-    if states := state_layers(cache):
+    if (copies := _copies(cache)) is not None:
         if least > 0:
-            _go_back(cache, states)
+            copies.go_back()
         else:
             keep(cache)
+        _cut_off(cache, copies.length)  # if only by nothing: sliding layers forget what they may from one to the next
         return
     if max(removed) > least:
 
@@ -113,15 +118,20 @@ def rewind(cache: Cache, removed: Sequence[int]) -> None:
 
 def keep(cache: Cache) -> None:
     """All that it holds is there to stay."""
-    for layer in state_layers(cache):
-        layer.keep(num_cached(cache))
+    if (copies := _copies(cache)) is not None:
+        copies.keep(num_cached(cache))
 
 
-def _go_back(cache: DynamicCache, states: list[StateLayer]) -> None:
+def _copies(cache: Cache) -> StateCopies | None:
+    return getattr(cache, "state_copies", None)
+
+
+def _cut_off(cache: DynamicCache, length: int) -> None:
+    """Takes keys and values behind the first `length` back, in layers that hold more."""
     for layer in filled_layers(cache):
-        layer.crop(states[0].kept_length - layer.get_seq_length())
-    for layer in states:
-        layer.go_back()
+        if (excess := layer.get_seq_length() - length) >= 0:
+            # A layer with a state as well would take that back in its own way.
+            (DynamicLayer if isinstance(layer, LinearAttentionLayer) else type(layer)).crop(layer, -excess)
 
 
 def leave_behind(cache: Cache, length: int) -> None:
@@ -129,16 +139,15 @@ def leave_behind(cache: Cache, length: int) -> None:
 
     It holds more where a call was broken off, in some of its layers if that was in a forward.
     """
-    if states := state_layers(cache):
-        kept = {layer.kept_length for layer in states}
-        if len(kept) > 1 or None in kept or max(kept) > length:  # broken off where copies were made, or right behind
-            for layer in states:
-                layer.forget()
-        _go_back(cache, states)
-        cache.layers = [x.plain() if isinstance(x, StateLayer) else x for x in cache.layers]
+    if (copies := _copies(cache)) is not None:
+        if copies.length is None or copies.length > length:  # broken off where copies were made, or right behind
+            copies.length = 0
+        length = copies.length
+        copies.go_back()
+        copies.leave()
+        del cache.state_copies
+    _cut_off(cache, length)
     for layer in filled_layers(cache):
-        if (excess := layer.get_seq_length() - length) > 0:
-            layer.crop(-excess)
         layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.record_past = False  # or it would forget nothing from now on

@@ -31,6 +31,14 @@ WITH_STATES = (
     "olmo_hybrid",
     "granitemoehybrid",
     "bamba",
+    "nemotron_h",
+    "falcon_h1",
+    "kimi_linear",
+    "bailing_hybrid",
+    "lfm3",
+    "lara_mini",
+    "zaya",
+    "zamba2",
 )
 # These reckon positions from the mask, or from distances alone.
 ALIBI = ("bloom", "mpt")
@@ -59,7 +67,7 @@ def keeps_states(model: PreTrainedModel) -> bool:
     if not goes_on_from_states(model):
         return False
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    return any(type(layer) is LinearAttentionLayer for layer in cache.layers)
+    return any(isinstance(layer, LinearAttentionLayer) for layer in cache.layers)
 
 
 def takes_positions(model: PreTrainedModel) -> bool:

@@ -22,7 +22,7 @@ ORDER = [
     "head_inputs",
     "early_exit",
     "fixed_cache",
-    "state_layers",
+    "state_copies",
     "caches",
     "forward",
     "features",

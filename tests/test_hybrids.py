@@ -10,14 +10,14 @@ import torch
 from conftest import PROMPT, random_llama, scaled_up, similar_model
 from test_evaluation import EvenLength
 from test_ways_to_call import GoneError, Listener
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 import autojudge_hf.generation
 from autojudge_hf import AutoJudge, JudgeConfig, evaluate_judge, judge_decoding, mine_mismatches
 from autojudge_hf.candidate_generator import JudgeCandidateGenerator
 from autojudge_hf.model_properties import CACHE_NAME, WITH_STATES
-from autojudge_hf.state_layers import StateLayer
+from autojudge_hf.state_copies import StateCopies
 from autojudge_hf.tasks import GSM8K
 
 
@@ -49,6 +49,18 @@ EXPERTS = {
 }
 CONVOLUTIONS = {"layer_types": ["conv", "full_attention", "conv"]}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+LATENT = {
+    **EXPERTS,
+    "num_local_experts": 4,
+    "layer_types": LINEAR["layer_types"],
+    "mlp_layer_types": ["dense", "sparse", "dense"],
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
 FAMILIES = {
     "qwen3_next": {**LINEAR, **EXPERTS},
     "qwen3_5_text": LINEAR,
@@ -63,6 +75,37 @@ FAMILIES = {
         "shared_intermediate_size": 32,
     },
     "bamba": {**MAMBA, "attn_layer_indices": [1]},
+    "nemotron_h": {
+        **EXPERTS,
+        "layers_block_type": ["mamba", "attention", "moe", "mamba"],
+        "num_hidden_layers": 4,
+        "n_routed_experts": 4,
+        "moe_shared_expert_intermediate_size": 16,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 8,
+        "n_groups": 1,
+    },
+    "falcon_h1": {**MAMBA, "mamba_d_ssm": 64, "mamba_n_groups": 1},
+    "kimi_linear": {**LATENT, "linear_head_dim": 8, "linear_num_heads": 4},
+    "bailing_hybrid": {**LATENT, "n_group": 1, "topk_group": 1},
+    "lfm3": CONVOLUTIONS,
+    "lara_mini": {
+        **LINEAR,
+        **EXPERTS,
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "sliding_attention"],
+        "sliding_window": 8,
+    },
+    "zaya": {},
+    "zamba2": {
+        **MAMBA,
+        "n_mamba_heads": 4,
+        "mamba_headdim": 16,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "num_key_value_heads": 4,
+    },
 }
 LOSSLESS = {"do_sample": False, "judge_threshold": 0.0, "max_new_tokens": 100, "num_assistant_tokens": 4}
 
@@ -77,6 +120,8 @@ def hybrid(family, seed=1, **sizes):
 
 @pytest.fixture(params=FAMILIES)
 def family(request):
+    if request.param not in CONFIG_MAPPING:
+        pytest.skip("younger than the transformers installed here")
     return request.param
 
 
@@ -114,9 +159,12 @@ def test_judged_as_the_reference_is(family, monkeypatch):
     """By the target's states, cycle by cycle; what was taken back is read again each time."""
     monkeypatch.setattr(autojudge_hf.generation, "LONGEST_REREAD", 1000)
     model = hybrid(family)
-    assistant = similar_model(model)
+    assistant = similar_model(model, noise=0.1)
     torch.manual_seed(0)
-    tensors = {"weight": torch.randn(32), "bias": torch.zeros(1)}
+    with torch.no_grad():
+        states = model(PROMPT, output_hidden_states=True).hidden_states[-1][0]
+    weight = torch.randn(32)
+    tensors = {"weight": weight, "bias": -(states @ weight).median()[None]}
     judge = AutoJudge.from_config(JudgeConfig(hidden_size=32))
     judge.load_state_dict(tensors)
     output = model.generate(
@@ -124,9 +172,9 @@ def test_judged_as_the_reference_is(family, monkeypatch):
         assistant_model=assistant,
         judge=judge,
         return_dict_in_generate=True,
-        **{**LOSSLESS, "max_new_tokens": 60, "judge_threshold": 0.5},
+        **{**LOSSLESS, "judge_threshold": 0.5},
     )
-    expected, counts = reference.judged(model, assistant, PROMPT[0].tolist(), 60, (), 4, *tensors.values(), 0.5)
+    expected, counts = reference.judged(model, assistant, PROMPT[0].tolist(), 100, (), 4, *tensors.values(), 0.5)
     assert output.sequences[0].tolist() == expected
     assert (output.num_matches, output.num_judge_accepted, output.num_judge_rejected) == counts
     assert output.num_judge_accepted > 0 and output.num_judge_rejected > 0
@@ -245,7 +293,7 @@ def broken_at(last, method):
 def test_a_call_that_is_broken_off_while_it_copies(family, name, top_k, monkeypatch):
     """What it leaves is of one piece, for stock `generate` as well, wherever that was."""
     model = hybrid(family)
-    owner = {"rewind": JudgeCandidateGenerator, "keep": StateLayer}[name]
+    owner = {"rewind": JudgeCandidateGenerator, "keep": StateCopies}[name]
     options = {"assistant_model": similar_model(model), "judge": top_k, **LOSSLESS, "max_new_tokens": 40}
     plain = {"do_sample": False, "max_new_tokens": 20}
     # The cache has some of what is written here, or nothing.
