@@ -18,7 +18,7 @@ from .features import judge_inputs
 from .forward import Pass
 from .mined_rows import pair_of
 from .model_properties import hidden_size, input_device, of_vocabulary
-from .prefixes import Prefixes
+from .prefixes import prefixes_of
 
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _last_two_positions(model: PreTrainedModel, rows: list[dict[str, Any]]) -> l
     """For each row of an example, logits `(2, v)` and states `(2, h)` at its candidate and the token before."""
     texts = [[*row["input_ids"], row["candidate_token_id"]] for row in rows]
     last, start = texts[-1], rows[0]["prompt_length"] - 1
-    prefixes = Prefixes(model)
+    prefixes = prefixes_of(model)
     outputs = prefixes.run({0: last}, num_last=len(last) - start, output_states=True)
     found = {}
     for n, text in enumerate(texts):

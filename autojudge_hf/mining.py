@@ -21,7 +21,7 @@ from .checks import checked_draft_length
 from .configuration import GREEDY_SETTINGS, public_name
 from .mined_examples import FinishedExample, MinedExamples
 from .mined_features import FEATURES_DTYPES, described, described_layout, feature_layout
-from .model_properties import drafts_from_target, eos_token_ids, keeps_states, max_positions
+from .model_properties import drafts_from_target, eos_token_ids, max_positions
 from .search import SemiGreedySearch
 from .supported import check_is_model, check_models, check_one_vocabulary
 from .tasks.task import Task, checked_examples, name_of, prompt_ids
@@ -116,11 +116,6 @@ def mine_mismatches(
             f"Mining asks the assistant at every position of a response, and {type(assistant_model).__name__} drafts "
             "only behind what the target has just read. Mine with an assistant that reads the text: a judge "
             "that reads the target alone serves either."
-        )
-    if hybrids := [type(m).__name__ for m in (model, assistant_model) if keeps_states(m)]:
-        raise ValueError(
-            f"Mining doesn't support models that keep a state ({', '.join(hybrids)}). Judges that need no training, "
-            "such as `margin` and `entropy`, do, and `calibrate_threshold` finds their thresholds."
         )
     check_one_vocabulary(model, assistant_model)
     if isinstance(draft_length, str):

@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
-from .caches import rewindable_cache
+from .caches import keep, num_cached, rewind, rewindable_cache
 from .forward import Pass, cached_forward
 from .head_inputs import HeadInputs
-from .model_properties import input_device, vocab_size
+from .model_properties import input_device, keeps_states, vocab_size
 from .rows import left_padded
 
 
@@ -61,8 +62,7 @@ class Prefixes:
     def run(self, texts: Mapping[int, list[int]], num_last: int, output_states: bool = False) -> Pass:
         """One pass after which all of `texts` is cached; outputs cover at least their last `num_last` tokens."""
         input_ids, mask, cache = self.batch(texts, num_last)
-        # Where the target has more tokens than the assistant, any other token will do, as when drafting.
-        new = input_ids[:, cache.get_seq_length() :].clamp(max=vocab_size(self.model) - 1)
+        new = self._known(input_ids[:, cache.get_seq_length() :])
         with HeadInputs(self.model) as head:
             outputs = cached_forward(self.model, new, cache, mask, num_last, head if output_states else None)
         for row, (name, tokens) in enumerate(texts.items()):
@@ -77,6 +77,56 @@ class Prefixes:
         limit = min(len(cached), len(tokens) - num_last)
         return next((n for n in range(limit) if cached[n] != tokens[n]), max(0, limit))
 
+    def _known(self, tokens: torch.LongTensor) -> torch.LongTensor:
+        """Where the target has more tokens than the assistant, any other token will do, as when drafting."""
+        return tokens.clamp(max=vocab_size(self.model) - 1)
+
+
+class HybridPrefixes(Prefixes):
+    """The same for a model that keeps states: one text after the other, each with a cache of its own.
+
+    A state goes back no further than to its copy, which is made before the last tokens of a run: these may change.
+    """
+
+    _cached: dict[int, tuple[list[int], DynamicCache]]
+
+    def batch(self, texts: Mapping[int, list[int]], num_last: int) -> tuple[torch.LongTensor, None, Cache]:
+        """As [`Prefixes.batch`], for one text; the cache may hold less."""
+        ((name, tokens),) = texts.items()
+        return torch.tensor([tokens], device=input_device(self.model)), None, self._cache(name, tokens, num_last)
+
+    @torch.inference_mode()
+    def run(self, texts: Mapping[int, list[int]], num_last: int, output_states: bool = False) -> Pass:
+        """As [`Prefixes.run`]; in a row of fewer tokens than `num_last`, zeros stand before them."""
+        passes = []
+        with HeadInputs(self.model) as head:
+            for name, tokens in texts.items():
+                input_ids, _, cache = self.batch({name: tokens}, num_last)
+                new = self._known(input_ids[:, num_cached(cache) :])
+                if new.shape[1] > num_last:
+                    cached_forward(self.model, new[:, :-num_last], cache)
+                keep(cache)
+                last = new[:, -num_last:]
+                passes.append(cached_forward(self.model, last, cache, None, num_last, head if output_states else None))
+                self._cached[name] = list(tokens), cache
+        logits = torch.cat([_padded(row.logits[:, -num_last:], num_last) for row in passes])
+        states = torch.cat([_padded(row.states[:, -num_last:], num_last) for row in passes]) if output_states else None
+        return Pass(logits, states, None)
+
+    def _cache(self, name: int, tokens: list[int], num_last: int) -> DynamicCache:
+        """A copy of what is cached of a text that became `tokens`, without the last `num_last` of these, or less."""
+        if name not in self._cached:
+            return rewindable_cache(self.model)
+        cache, num_shared = copy.deepcopy(self._cached[name][1]), self._num_shared(name, tokens, num_last)
+        if num_cached(cache) > num_shared:
+            rewind(cache, [1])
+        return cache if num_cached(cache) <= num_shared else rewindable_cache(self.model)
+
+
+def prefixes_of(model: PreTrainedModel) -> Prefixes:
+    return (HybridPrefixes if keeps_states(model) else Prefixes)(model)
+
 
 def _padded(states: torch.Tensor, columns: int) -> torch.Tensor:
-    return torch.nn.functional.pad(states, (0, 0, columns - states.shape[2], 0))
+    """Of shape `(..., n, d)` to `(..., columns, d)`, with zeros in front."""
+    return torch.nn.functional.pad(states, (0, 0, columns - states.shape[-2], 0))

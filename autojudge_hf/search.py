@@ -28,8 +28,8 @@ from .features import judge_inputs
 from .generation import judge_decoding
 from .mined_examples import MinedExample
 from .mined_rows import inner_text
-from .model_properties import CACHE_NAME, eos_token_ids, input_device, of_vocabulary, vocab_size
-from .prefixes import Prefixes
+from .model_properties import CACHE_NAME, eos_token_ids, input_device, keeps_states, of_vocabulary, vocab_size
+from .prefixes import prefixes_of
 from .rows import MaxRowLengths
 from .tasks.task import Task, abandoned, answers_or_errors
 
@@ -103,7 +103,8 @@ class SemiGreedySearch:
         self.processors = LogitsProcessorList([GumbelNoise(temperature, seed)] if temperature > 0 else [])
         self.layout = layout
         self.eos_token_ids = eos_token_ids(model)
-        self._target, self._assistant = Prefixes(model), Prefixes(assistant_model)
+        self._keep_states = keeps_states(model) or keeps_states(assistant_model)
+        self._target, self._assistant = prefixes_of(model), prefixes_of(assistant_model)
 
     def __call__(
         self, examples: Iterable[tuple[int, Mapping[str, Any], list[int]]], batch_size: int
@@ -182,8 +183,15 @@ class SemiGreedySearch:
         unfinished = [
             s for s in searches if self._room(s) > 0 and (s.sequence is None or s.trial[-1] not in self.eos_token_ids)
         ]
-        if not unfinished:
-            return [s.trial for s in searches]
+        responses: dict[int, list[int]] = {}
+        # States are decoded for one prompt at a time.
+        size = 1 if self._keep_states else max(1, len(unfinished))
+        for start in range(0, len(unfinished), size):
+            responses |= self._continue_together(unfinished[start : start + size])
+        return [responses.get(s.example_id, s.trial) for s in searches]
+
+    def _continue_together(self, unfinished: list[_Search]) -> dict[int, list[int]]:
+        """The responses by example, decoded as one batch."""
         trials = {s.example_id: s.trial for s in unfinished}
         input_ids, attention_mask, cache = self._target.batch(trials, num_last=1)
         limits = [self._room(s) for s in unfinished]
@@ -218,7 +226,7 @@ class SemiGreedySearch:
         for (i, trial), limit, tokens in zip(trials.items(), limits, output[:, input_ids.shape[1] :].tolist()):
             ends = (n for n, token in enumerate(tokens, start=1) if token in self.eos_token_ids)
             responses[i] = trial + tokens[: next(ends, limit)]
-        return [responses.get(s.example_id, s.trial) for s in searches]
+        return responses
 
     def _room(self, s: _Search) -> int:
         return len(s.prompt) + self.max_new_tokens - len(s.trial)

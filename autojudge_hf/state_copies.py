@@ -46,16 +46,16 @@ class StateCopies:
 
     @torch.inference_mode()
     def go_back(self) -> None:
-        """To the copies, of which there are none where a first forward was broken off."""
+        """To the copies, or to layers that have seen nothing where nothing was there to stay."""
+        if not self.length:
+            self.cache.layers = [
+                type(x)(x.number_of_states) if isinstance(x, LinearAttentionLayer) else x for x in self.cache.layers
+            ]
         for name, states in self._states():
-            if name in self._copies:
-                states.copy_(self._copies[name])
+            states.copy_(self._copies[name])
 
     def leave(self) -> None:
-        """Leaves the states for others to go on with, outside of inference mode; none if nothing was there to stay."""
-        for n, layer in enumerate(self.cache.layers):
-            if isinstance(layer, LinearAttentionLayer) and not self.length:
-                self.cache.layers[n] = type(layer)(layer.number_of_states)
+        """Leaves the states for others to go on with, outside of inference mode."""
         for (n, name, i), states in self._states():
             getattr(self.cache.layers[n], name)[i] = states.clone()
 

@@ -9,16 +9,17 @@ import reference
 import torch
 from conftest import PROMPT, random_llama, scaled_up, similar_model
 from test_evaluation import EvenLength
+from test_mining import EXAMPLES, LastTokens, NumberTokenizer, assert_same, found, mine_random
 from test_ways_to_call import GoneError, Listener
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 import autojudge_hf.generation
-from autojudge_hf import AutoJudge, JudgeConfig, evaluate_judge, judge_decoding, mine_mismatches
+from autojudge_hf import AutoJudge, JudgeConfig, compute_features, evaluate_judge, judge_decoding
 from autojudge_hf.candidate_generator import JudgeCandidateGenerator
 from autojudge_hf.model_properties import CACHE_NAME, WITH_STATES
+from autojudge_hf.prefixes import prefixes_of
 from autojudge_hf.state_copies import StateCopies
-from autojudge_hf.tasks import GSM8K
 
 
 SIZES = {
@@ -371,7 +372,84 @@ def test_what_is_refused(qwen, top_k, more, message):
     hook.remove()
 
 
-def test_mining_is_refused(qwen, tokenizer):
-    for pair in (qwen, (random_llama(), qwen[1])):
-        with pytest.raises(ValueError, match=r"keep a state \(Qwen3_5ForCausalLM.*`margin` and `entropy`"):
-            mine_mismatches(*pair, tokenizer, [{"question": "?"}], GSM8K(), max_new_tokens=8, batch_size=1)
+MINED = EXAMPLES[:3]
+
+
+def assert_algorithm_1(pair, assert_features=True, **options):
+    mined, task, expected = mine_random(pair, MINED, **options), LastTokens(MINED), []
+    for i, example in enumerate(MINED):
+        prompt = NumberTokenizer().encode(example["text"], False)
+        rows = reference.algorithm_1(*pair, NumberTokenizer(), task, prompt, 24, ())
+        expected += [(i, *row) for row in rows]
+    assert [(row["example_id"], *f) for row, f in zip(mined, found(mined))] == expected
+    assert len(expected) > 4
+    for row in mined:
+        text = torch.tensor([[*row["input_ids"], row["candidate_token_id"]]])
+        with torch.no_grad():
+            state = pair[0](text, output_hidden_states=True).hidden_states[-1][0, -1]
+        torch.testing.assert_close(torch.tensor(row["features"]), state, atol=1e-3, rtol=1e-3)
+    return mined
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2", "nemotron_h", "falcon_h1"])
+def test_algorithm_1(family):
+    """With an assistant that keeps a state, too; features are those of a pass over the whole text."""
+    model = hybrid(family)
+    assert set(assert_algorithm_1((model, similar_model(model, noise=0.1)))["label"]) == {0, 1}
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_algorithm_1_where_one_of_both_keeps_a_state(qwen, which):
+    others = random_llama(), random_llama(seed=2)
+    assert_algorithm_1((qwen[0], others[1]) if which == 0 else (others[0], qwen[1]))
+
+
+def test_mining_is_the_same_whatever_is_in_flight_and_found_again(qwen):
+    """Sampled at a temperature, with all features; then from tokens alone."""
+    layout = {"assistant_states": True, "logit_features": True, "assistant_logit_features": True}
+    options = {"temperature": 0.7, "state_position": "both", **layout}
+    mined = mine_random(qwen, MINED, batch_size=5, **options)
+    assert_same(mine_random(qwen, MINED, batch_size=1, **options), mined)
+    tokens = mine_random(qwen, MINED, features_dtype=None, **options)
+    assert_same(compute_features(tokens, *qwen, state_position="both", **layout), mined)
+
+
+def draw(n, high=32):
+    return torch.randint(high, (n,)).tolist()
+
+
+def test_texts_go_on_from_copies(family):
+    """Whatever becomes of a text: what a run returns is what a pass over the whole text does."""
+    model = hybrid(family)  # and its seed
+    prefixes, texts = prefixes_of(model), {0: draw(40), 1: draw(30)}
+    for _ in range(12):
+        for name, text in texts.items():
+            cut, num_more, num_last = draw(3, high=8)
+            texts[name] = [*text[: len(text) - cut], *draw(num_more + 1)]
+        # The last one is shorter than what is asked for.
+        wanted, num_last = {**texts, 2: draw(num_last + 1)}, num_last + 2
+        outputs = prefixes.run(wanted, num_last, output_states=True)
+        for row, text in enumerate(wanted.values()):
+            with torch.no_grad():
+                whole = model(torch.tensor([text]), output_hidden_states=True)
+            for ours, theirs in ((outputs.logits, whole.logits), (outputs.states, whole.hidden_states[-1])):
+                n = min(num_last, len(text))
+                torch.testing.assert_close(ours[row, -n:], theirs[0, -n:], atol=1e-3, rtol=1e-3)
+
+
+def test_what_did_not_change_is_not_read_again(qwen):
+    """Where it changed in no more than the last tokens of the run before; a text that is shared stays what it was."""
+    model, _ = qwen
+    prefixes, widths = prefixes_of(model), []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    text, asked_before = draw(40), 40
+    for asked in (3, 5, 1, 7, 7, 2):
+        for name in (0, 1):
+            prefixes.run({name: text}, num_last=asked)
+            assert sum(widths) <= asked_before + 6
+            widths.clear()
+            prefixes.share(0, 1)
+        text, asked_before = [*text[:-asked], *draw(asked + 6)], asked
+    hook.remove()
