@@ -15,7 +15,13 @@ from .supported import check_is_model, check_models
 
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PreTrainedModel
+
+
+#: Settings of a `GenerationConfig` that name a drafter.
+DRAFTERS = ("use_mtp", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
 def install_judge_argument() -> None:
@@ -65,12 +71,30 @@ def _with_judge(generate):
             streamer=kwargs.get("streamer"),
             **options,
         )
-        if self._is_stateful:
-            kwargs.pop("assistant_model", None)  # `generate` would refuse it before it sees whose loop to run
-        return generate(self, *args, **kwargs, custom_generate=decode)
+        return generate(self, *args, **with_loop(self, decode, kwargs))
 
     wrapper._wraps_judge = wrapper
     return wrapper
+
+
+def with_loop(model: PreTrainedModel, loop: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords that have `generate` run a loop of ours, which brings its own `assistant_model`.
+
+    To models that it calls stateful, `generate` refuses every drafter before it looks whose loop it is to run: the
+    loop gets them past it.
+    """
+    if not model._is_stateful:
+        return {**kwargs, "custom_generate": loop}
+    own = model.generation_config
+    config = kwargs.get("generation_config") or own
+    drafters = {name: kwargs.get(name, getattr(config, name) or getattr(own, name)) for name in DRAFTERS}
+
+    @functools.wraps(loop)  # `generate` looks at its parameters
+    def decode(*args, generation_config, **model_kwargs):
+        generation_config.update(**drafters)
+        return loop(*args, generation_config=generation_config, **model_kwargs)
+
+    return {**kwargs, "assistant_model": None, **dict.fromkeys(DRAFTERS), "custom_generate": decode}
 
 
 def _stop_strings_to_criterion(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from transformers import GenerationConfig
 
+from .adapter import DRAFTERS, with_loop
 from .checks import NEVER_MINED, check_is_judge, checked_draft_length, checked_judge
 from .configuration import public_name
 from .early_exit import first_layers
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .modeling import Judge
-
-
-#: Settings of a model's own `GenerationConfig` that name a drafter.
-DRAFTERS = ("use_mtp", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
 def evaluate_judge(
@@ -100,9 +97,7 @@ def rows_one_by_one(
     measure = functools.partial(measure_decoding, model, tokenizer, examples, task, **options)
     # What mining never has, the model's own config may have.
     settings |= {**dict.fromkeys(NEVER_MINED), "stop_strings": None}
-    shared = {**settings, "return_dict_in_generate": True}
-    if not model._is_stateful:  # to one that is, `generate` would refuse it
-        shared["assistant_model"] = assistant_model
+    shared = {**settings, "return_dict_in_generate": True, "assistant_model": assistant_model}
     lossless_loop = functools.partial(
         judge_decoding,
         assistant_model=assistant_model,
@@ -110,10 +105,10 @@ def rows_one_by_one(
         tokenizer=tokenizer,
         assistant_tokenizer=assistant_tokenizer,
     )
-    yield lossless or {"threshold": None, **measure("lossless", custom_generate=lossless_loop, **shared)}
+    yield lossless or {"threshold": None, **measure("lossless", **with_loop(model, lossless_loop, shared))}
     for threshold in values:
         loop = functools.partial(lossless_loop, judge=judge, judge_threshold=threshold)
-        yield {"threshold": threshold, **measure(f"threshold {threshold:.3g}", custom_generate=loop, **shared)}
+        yield {"threshold": threshold, **measure(f"threshold {threshold:.3g}", **with_loop(model, loop, shared))}
 
 
 def evaluation_summary(

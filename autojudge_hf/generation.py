@@ -198,6 +198,9 @@ def judge_decoding(
             )
             logits = outputs.logits[:, -k - 1 :].to(input_ids.device, torch.float32)
             states = None if outputs.states is None else outputs.states[:, -k - 1 :]
+            hidden_states = outputs.hidden_states
+            if hidden_states is not None and not prefill:  # and not what is read again
+                hidden_states = tuple(None if layer is None else layer[..., -k - 1 :, :] for layer in hidden_states)
             lengths = [min(k, *limits) for limits in zip(room, drafter.lengths or room)]
             processed = processors(rows, lengths, candidate_ids, logits)
             if generation_config.do_sample:
@@ -216,7 +219,7 @@ def judge_decoding(
                 num_kept, done = stop(rows, j, block, scores)
                 blocks.append(block[:num_kept])
                 finished.append(done)
-                kept.add(row, num_kept, processed, logits, outputs.hidden_states, j)
+                kept.add(row, num_kept, processed, logits, hidden_states, j)
                 if not prefill:
                     kept.count(row, outcome, num_kept)
             verified = draft_length.now(device)
@@ -224,7 +227,7 @@ def judge_decoding(
                 streamer.put(torch.tensor(blocks))
             # The newest token's keys and values aren't in the cache yet; those of rejected candidates are.
             rewind(cache, [k + 1 - len(block) for block in blocks])
-            drafter.rewind([len(block) for block in blocks], states, outputs.hidden_states)
+            drafter.rewind([len(block) for block in blocks], states, hidden_states)
             columns = rows.input_ids.shape[1] + max(map(len, blocks))
             split = started if drafter.drafts_at_once else drafted
             draft_length.update(

@@ -115,8 +115,8 @@ def check_supported(
         "activated LoRA (aLoRA), which goes by the number of tokens of a forward": "alora_offsets" in told,
         "several prompts, or padding, for a model that keeps a state": bool(with_states)
         and (len(input_ids) > 1 or (mask is not None and not mask.all())),
-        "`output_hidden_states`, `assistant_early_exit` and drafters that read its cache or states, for a target that "
-        "keeps a state": model in with_states and bool(reads_prompt or shares_cache or config.assistant_early_exit),
+        "`assistant_early_exit` for a model that keeps a state": model in with_states
+        and config.assistant_early_exit is not None,
         "an `assistant_tokenizer` for an assistant that keeps a state": has_other_tokenizer
         and assistant_model in with_states,
         "streamers with several prompts": len(input_ids) > 1 and streamer is not None,

@@ -8,15 +8,18 @@ import pytest
 import reference
 import torch
 from conftest import PROMPT, random_llama, scaled_up, similar_model
+from drafter_oracles import check_lossless, drafts_of_a_judged_call
+from test_dflash import BLOCK, WINDOW, assistant_of, stock_draft
 from test_evaluation import EvenLength
 from test_mining import EXAMPLES, LastTokens, NumberTokenizer, assert_same, found, mine_random
 from test_ways_to_call import GoneError, Listener
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 import autojudge_hf.generation
 from autojudge_hf import AutoJudge, JudgeConfig, compute_features, evaluate_judge, judge_decoding
 from autojudge_hf.candidate_generator import JudgeCandidateGenerator
+from autojudge_hf.dflash import DFlashCandidateGenerator
 from autojudge_hf.model_properties import CACHE_NAME, WITH_STATES
 from autojudge_hf.prefixes import prefixes_of
 from autojudge_hf.state_copies import StateCopies
@@ -220,13 +223,46 @@ def test_without_a_judge(qwen):
         model.generate(PROMPT, assistant_model=assistant, max_new_tokens=5)
 
 
-def test_prompt_lookup_where_generate_lets_it(top_k):
-    model = hybrid("lfm2")
-    prompt = PROMPT.repeat(1, 3)
-    options = {**LOSSLESS, "prompt_lookup_num_tokens": 3, "return_dict_in_generate": True}
+@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2"])
+@pytest.mark.parametrize("where", ["call", "config", "model"])
+def test_prompt_lookup(family, where, top_k):
+    """Whoever asks for it: `generate` refuses it to models that it calls stateful."""
+    model, prompt = hybrid(family), PROMPT.repeat(1, 3)
+    options = {**LOSSLESS, "return_dict_in_generate": True}
+    expected = model.generate(prompt, do_sample=False, max_new_tokens=100)
+    if where == "call":
+        options["prompt_lookup_num_tokens"] = 3
+    elif where == "config":
+        options["generation_config"] = GenerationConfig(prompt_lookup_num_tokens=3)
+    else:
+        model.generation_config.prompt_lookup_num_tokens = 3
     output = model.generate(prompt, judge=top_k, **options)
-    assert torch.equal(output.sequences, model.generate(prompt, do_sample=False, max_new_tokens=100))
+    assert torch.equal(output.sequences, expected)
     assert output.num_matches > 0
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2", "falcon_h1"])
+def test_assistants_that_read_states(family, top_k, monkeypatch):
+    """DFlash drafts what it does behind a plain pass over the text, be it of states that were read again."""
+    monkeypatch.setattr(autojudge_hf.generation, "LONGEST_REREAD", 8)
+    model = hybrid(family, vocab_size=16)
+    pair = model, assistant_of()
+    drafts = drafts_of_a_judged_call(monkeypatch, DFlashCandidateGenerator, pair, top_k, 1, WINDOW)
+    assert {len(candidates) for _, candidates in drafts} >= {0, BLOCK - 1}
+    for text, candidates in drafts:
+        assert candidates == stock_draft(*pair, text, 1.0)[: len(candidates)]
+    check_lossless(pair, top_k, 1)
+
+
+def test_hidden_states_are_those_of_plain_decoding(qwen, top_k):
+    model, assistant = qwen
+    options = {"max_new_tokens": 40, "do_sample": False, "output_hidden_states": True, "return_dict_in_generate": True}
+    plain = model.generate(PROMPT, **options)
+    ours = model.generate(PROMPT, assistant_model=assistant, judge=top_k, **{**LOSSLESS, **options})
+    assert torch.equal(ours.sequences, plain.sequences) and ours.num_matches < ours.num_candidates
+    for at_token, expected in zip(ours.hidden_states, plain.hidden_states, strict=True):
+        for layer, of_plain in zip(at_token, expected, strict=True):
+            torch.testing.assert_close(layer, of_plain, atol=1e-3, rtol=1e-3)
 
 
 def test_sampling_draws_from_the_target(qwen, top_k):
@@ -360,7 +396,7 @@ def test_judges_are_measured(tokenizer, top_k):
     [
         ({"input_ids": PROMPT.repeat(2, 1)}, "several prompts, or padding, for a model that keeps a state"),
         ({"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1, 1]])}, "several prompts, or padding, for a model that"),
-        ({"output_hidden_states": True}, "for a target that keeps a state"),
+        ({"assistant_model": None, "assistant_early_exit": 1}, "`assistant_early_exit` for a model that keeps a"),
     ],
 )
 def test_what_is_refused(qwen, top_k, more, message):

@@ -24,7 +24,10 @@ from drafter_oracles import (
 )
 from safetensors.torch import load_file, save_file
 from test_evaluation import EvenLength
+from test_hybrids import FAMILIES as hybrid_families
 from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
     Glm4MoeConfig,
@@ -38,6 +41,7 @@ from transformers.cache_utils import MtpCache
 from transformers.generation import candidate_generator
 from transformers.modeling_layers import MtpModel
 
+import autojudge_hf.generation
 from autojudge_hf import AutoJudge, JudgeConfig, evaluate_judge, judge_decoding
 from autojudge_hf.fixed_cache import FixedCache
 from autojudge_hf.model_properties import CACHE_NAME
@@ -114,6 +118,22 @@ def save_mellum(folder, **sizes):
         mtp_layer_types=["sliding_attention"],
         mtp_mlp_layer_types=["sparse"],
     )
+
+
+def save_ling(folder):
+    """A hybrid, whose head keeps no state."""
+    torch.manual_seed(3)
+    kinds = {"layer_types": ["linear_attention", "full_attention", "full_attention"]}
+    kinds["mlp_layer_types"] = ["dense", "sparse", "sparse"]
+    sizes = {**hybrid_families["bailing_hybrid"], **SIZES, "num_key_value_heads": 4, **kinds}
+    config = CONFIG_MAPPING["bailing_hybrid"](num_hidden_layers=NUM_LAYERS + 1, num_mtp_layers=1, **sizes)
+
+    def name(i, of):
+        return f"model.layers.{NUM_LAYERS + i}.{'shared_head.norm' if of == 'norm' else of}.weight"
+
+    mtp = {"mtp_layer_types": ["full_attention"], "mtp_mlp_layer_types": ["sparse"], "num_mtp_layers": 1}
+    whole = AutoModelForCausalLM.from_config(config)
+    save_with_heads(whole, folder, 1, lambda i: f"model.layers.{NUM_LAYERS + i}.", name, **mtp)
 
 
 def save_three_heads(folder):
@@ -201,6 +221,22 @@ def long_draft(model, tokens, num_candidates):
         states[head + 1 :] = [heads.forward_layer(head, states[head], positions, MtpCache(), input_ids=behind)]
         candidates.append(model.lm_head(states[-1][0, -1]).argmax().item())
     return candidates
+
+
+@runs
+@pytest.mark.skipif("bailing_hybrid" not in CONFIG_MAPPING, reason="younger than the transformers installed here")
+def test_a_target_that_keeps_a_state(top_k, tmp_path, monkeypatch):
+    """States that are read again, beside the next draft, are no news to its heads."""
+    monkeypatch.setattr(autojudge_hf.generation, "LONGEST_REREAD", 8)
+    save_ling(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    options = {"use_mtp": True, "num_assistant_tokens": 3}
+    drafts = drafts_of_a_judged_call(monkeypatch, MTPCandidateGenerator, (model, None), top_k, 1, WINDOW, **options)
+    assert {len(candidates) for _, candidates in drafts} >= {0, 3}
+    for text, candidates in drafts:
+        assert candidates[:1] == stock_draft(model, text, 1.0)[: len(candidates)]
+        assert candidates == long_draft(model, text, len(candidates))
+    check_lossless((model, None), top_k, 1, **options)
 
 
 @runs
