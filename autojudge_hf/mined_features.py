@@ -17,7 +17,7 @@ from .configuration import JudgeConfig, public_name
 from .features import judge_inputs
 from .forward import Pass
 from .mined_rows import pair_of
-from .model_properties import hidden_size, input_device, of_vocabulary
+from .model_properties import drafts_from_target, hidden_size, input_device, of_vocabulary
 from .prefixes import prefixes_of
 
 
@@ -57,12 +57,12 @@ def compute_features(
         `datasets.Dataset`: the same rows with these `features`, and a `pair` that says so.
 
     Raises:
-        ValueError: for rows of several minings, or of other models; for assistant's features without an assistant.
+        ValueError: for rows of several minings, or of other models; for features of an assistant that has none.
     """
     if assistant_states is None:
         assistant_states = assistant_model is not None
-    if assistant_model is None and (assistant_states or assistant_logit_features):
-        raise ValueError("Features of the assistant need the assistant: pass `assistant_model`, got None.")
+    if assistant_states or assistant_logit_features:
+        check_reads_text(assistant_model)
     if features_dtype not in FEATURES_DTYPES:
         raise ValueError(f"`features_dtype` must be one of {list(FEATURES_DTYPES)}, got {features_dtype!r}.")
     pair = pair_of(dataset)
@@ -124,6 +124,15 @@ def _last_two_positions(model: PreTrainedModel, rows: list[dict[str, Any]]) -> l
         for n, logits, states in zip(others, outputs.logits[:, -2:], outputs.states[:, -2:]):
             found[n] = Pass(logits, states, None)
     return [found[n] for n in range(len(texts))]
+
+
+def check_reads_text(assistant_model: PreTrainedModel | None) -> None:
+    """Raises a `ValueError` for an assistant that has no features of its own."""
+    if assistant_model is None or drafts_from_target(assistant_model):
+        raise ValueError(
+            f"Features of the assistant need one that reads the text, got {type(assistant_model).__name__}. Pass such "
+            "an `assistant_model`, or leave `assistant_states` and `assistant_logit_features` out."
+        )
 
 
 def select_features(dataset: datasets.Dataset, **layout: Any) -> datasets.Dataset:

@@ -16,14 +16,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 
+from .adapter import DRAFTERS
 from .checks import checked_draft_length
 from .configuration import GREEDY_SETTINGS, public_name
+from .early_exit import first_layers
 from .mined_examples import FinishedExample, MinedExamples
-from .mined_features import FEATURES_DTYPES, described, described_layout, feature_layout
-from .model_properties import drafts_from_target, eos_token_ids, max_positions
+from .mined_features import FEATURES_DTYPES, check_reads_text, described, described_layout, feature_layout
+from .model_properties import (
+    drafts_from_target,
+    eos_token_ids,
+    max_positions,
+    reads_targets_cache,
+    reads_targets_layers,
+)
 from .search import SemiGreedySearch
-from .supported import check_is_model, check_models, check_one_vocabulary
+from .supported import check_has_heads, check_is_model, check_models, check_one_vocabulary, check_reads_layers
 from .tasks.task import Task, checked_examples, name_of, prompt_ids
 
 
@@ -37,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 def mine_mismatches(
     model: PreTrainedModel,
-    assistant_model: PreTrainedModel,
+    assistant_model: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Iterable[Mapping[str, Any]],
     task: Task,
@@ -61,6 +70,10 @@ def mine_mismatches(
     mismatch is unimportant and the search goes on from the new response; otherwise it is important and the target's
     token stays. Only positions to the right of the last decision are looked at again.
 
+    An assistant that reads the text is asked at every position. One that drafts from the target's states (DFlash), and
+    the target's own heads, are asked as in decoding, draft by draft: a draft goes on behind a harmless mismatch, and
+    behind an important one the next begins.
+
     Both models decode greedily, or sample at `temperature`, whatever their generation configs say; EOS ids are the
     target's.
 
@@ -71,7 +84,9 @@ def mine_mismatches(
     whole dataset.
 
     Args:
-        model, assistant_model (`PreTrainedModel`): the target and the assistant.
+        model (`PreTrainedModel`): the target.
+        assistant_model (`PreTrainedModel`, *optional*): the assistant; `None`: what the target's generation config
+            says, `use_mtp` or `assistant_early_exit`.
         tokenizer (`PreTrainedTokenizerBase`): theirs.
         dataset (iterable of mappings): the task's examples.
         task (`Task`): prompts, answers, equivalence.
@@ -81,7 +96,8 @@ def mine_mismatches(
             result doesn't depend on it.
         output_dir (`str` or `Path`, *optional*): where finished examples are kept. The same call with the same
             folder goes on after an interruption.
-        num_assistant_tokens (`int`, *optional*): draft length of the (lossless) decoding; changes only the speed.
+        num_assistant_tokens (`int`, *optional*): draft length of the (lossless) decoding. Changes only the speed, but
+            for those that draft from the target's states: then as many as you will decode with.
         temperature (`float`, *optional*, defaults to 0.0): 0 is greedy. Above, both models draw with the same noise
             (Gumbel-max), which follows from `seed` and the tokens so far: a mismatch is a difference between the
             models, not between two throws of dice.
@@ -108,28 +124,26 @@ def mine_mismatches(
     _check_arguments(max_new_tokens, batch_size, features_dtype, seed, temperature)
     temperature = float(temperature)  # as it is compared and written down
     examples = checked_examples(dataset, task)
-    check_is_model(assistant_model)
-    draft_length = checked_draft_length(num_assistant_tokens, model, assistant_model, None)
-    check_models(model, assistant_model)
-    if drafts_from_target(assistant_model):
-        raise ValueError(
-            f"Mining asks the assistant at every position of a response, and {type(assistant_model).__name__} drafts "
-            "only behind what the target has just read. Mine with an assistant that reads the text: a judge "
-            "that reads the target alone serves either."
-        )
-    check_one_vocabulary(model, assistant_model)
+    if assistant_model is not None:
+        check_is_model(assistant_model)
+    own = {} if assistant_model is not None else {name: getattr(model.generation_config, name) for name in DRAFTERS}
+    if own.get("assistant_early_exit") is not None:
+        assistant_model = first_layers(model, own["assistant_early_exit"])
+    _check_drafter(model, assistant_model, assistant_states or assistant_logit_features)
+    draft_length = checked_draft_length(num_assistant_tokens, model, assistant_model, GenerationConfig(**own))
     if isinstance(draft_length, str):
         raise ValueError(f"`num_assistant_tokens` of mining must be an int of at least 1, got {draft_length!r}.")
+    reads_states = assistant_model is None or drafts_from_target(assistant_model)
+    readers = [model] if reads_states else [model, assistant_model]
     prompts = [
-        _fitting_prompt(i, example, task, tokenizer, (model, assistant_model), max_new_tokens)
-        for i, example in enumerate(examples)
+        _fitting_prompt(i, example, task, tokenizer, readers, max_new_tokens) for i, example in enumerate(examples)
     ]
     assistant = assistant_model if assistant_states else None
     layout = feature_layout(state_position, model, assistant, logit_features, assistant_logit_features)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
     pair = {
         "target": described(model),
-        "assistant": described(assistant_model),
+        "assistant": described(assistant_model or model),
         "features": None if features_dtype is None else described_layout(layout),
         "features_dtype": features_dtype or "float32",
         "decoding_settings": {**GREEDY_SETTINGS, **sampling},
@@ -141,8 +155,10 @@ def mine_mismatches(
         "seed": seed if sampling else None,
         "eos_token_ids": sorted(eos_token_ids(model)),
         "target_weights": _fingerprint(model),
-        "assistant_weights": _fingerprint(assistant_model),
+        "assistant_weights": _fingerprint(assistant_model or model),
     }
+    if reads_states:
+        identity["num_assistant_tokens"] = draft_length
     search = SemiGreedySearch(
         model,
         assistant_model,
@@ -202,6 +218,31 @@ def _check_arguments(
         raise ValueError(f"`seed` must be an int of 64 bits, got {seed!r:.50}.")
     if not isinstance(temperature, (int, float)) or not 0.0 <= temperature < math.inf:
         raise ValueError(f"`temperature` must be 0 (greedy) or a positive number, got {temperature!r}.")
+
+
+def _check_drafter(model: PreTrainedModel, assistant_model: PreTrainedModel | None, reads_assistant: bool) -> None:
+    """Raises a `ValueError` for what the search can't ask, and for features that nobody computes."""
+    if assistant_model is None:
+        check_models(model)
+        if not model.generation_config.use_mtp:
+            raise ValueError(
+                "Mining needs a model to ask: expected an `assistant_model`, or `use_mtp=True` or "
+                "`assistant_early_exit=<layers>` in the target's generation config, got None of them."
+            )
+        check_has_heads(model)
+    else:
+        check_models(model, assistant_model)
+        if reads_targets_cache(assistant_model):
+            raise ValueError(
+                f"Mining doesn't support {type(assistant_model).__name__}, which reads the target's cache. Mine with "
+                "an assistant that reads the text: a judge that reads the target alone serves either."
+            )
+        if reads_targets_layers(assistant_model):
+            check_reads_layers(model, assistant_model)
+        else:
+            check_one_vocabulary(model, assistant_model)
+    if reads_assistant:
+        check_reads_text(assistant_model)
 
 
 def _mine(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,12 +59,22 @@ class Prefixes:
         return input_ids.to(device), mask.to(device) if len(texts) > 1 else None, cache
 
     @torch.inference_mode()
-    def run(self, texts: Mapping[int, list[int]], num_last: int, output_states: bool = False) -> Pass:
-        """One pass after which all of `texts` is cached; outputs cover at least their last `num_last` tokens."""
+    def run(
+        self,
+        texts: Mapping[int, list[int]],
+        num_last: int,
+        output_states: bool = False,
+        output_layers: Sequence[int] = (),
+    ) -> Pass:
+        """One pass after which all of `texts` is cached; outputs cover at least their last `num_last` tokens.
+
+        `output_layers`: of which layers hidden states are wanted, too.
+        """
         input_ids, mask, cache = self.batch(texts, num_last)
         new = self._known(input_ids[:, cache.get_seq_length() :])
         with HeadInputs(self.model) as head:
-            outputs = cached_forward(self.model, new, cache, mask, num_last, head if output_states else None)
+            head = head if output_states else None
+            outputs = cached_forward(self.model, new, cache, mask, num_last, head, output_layers or False)
         for row, (name, tokens) in enumerate(texts.items()):
             here = slice(row, row + 1), slice(None), slice(input_ids.shape[1] - len(tokens), None)
             layers = {i: layer for i, layer in enumerate(cache.layers) if layer.keys is not None}
@@ -96,10 +106,17 @@ class HybridPrefixes(Prefixes):
         return torch.tensor([tokens], device=input_device(self.model)), None, self._cache(name, tokens, num_last)
 
     @torch.inference_mode()
-    def run(self, texts: Mapping[int, list[int]], num_last: int, output_states: bool = False) -> Pass:
+    def run(
+        self,
+        texts: Mapping[int, list[int]],
+        num_last: int,
+        output_states: bool = False,
+        output_layers: Sequence[int] = (),
+    ) -> Pass:
         """As [`Prefixes.run`]; in a row of fewer tokens than `num_last`, zeros stand before them."""
         passes = []
         with HeadInputs(self.model) as head:
+            head = head if output_states else None
             for name, tokens in texts.items():
                 input_ids, _, cache = self.batch({name: tokens}, num_last)
                 new = self._known(input_ids[:, num_cached(cache) :])
@@ -107,11 +124,17 @@ class HybridPrefixes(Prefixes):
                     cached_forward(self.model, new[:, :-num_last], cache)
                 keep(cache)
                 last = new[:, -num_last:]
-                passes.append(cached_forward(self.model, last, cache, None, num_last, head if output_states else None))
+                passes.append(cached_forward(self.model, last, cache, None, num_last, head, output_layers or False))
                 self._cached[name] = list(tokens), cache
-        logits = torch.cat([_padded(row.logits[:, -num_last:], num_last) for row in passes])
-        states = torch.cat([_padded(row.states[:, -num_last:], num_last) for row in passes]) if output_states else None
-        return Pass(logits, states, None)
+
+        def joined(of_rows: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+            if of_rows[0] is None:
+                return None
+            return torch.cat([_padded(x[:, -num_last:], num_last) for x in of_rows])
+
+        layers = zip(*(row.hidden_states or () for row in passes))
+        states = joined([row.states for row in passes])
+        return Pass(joined([row.logits for row in passes]), states, tuple(map(joined, layers)) or None)
 
     def _cache(self, name: int, tokens: list[int], num_last: int) -> DynamicCache:
         """A copy of what is cached of a text that became `tokens`, without the last `num_last` of these, or less."""

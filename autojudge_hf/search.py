@@ -8,7 +8,6 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,13 +21,21 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from .candidate_generator import FormerResponses
 from .configuration import JudgeConfig
 from .features import judge_inputs
 from .generation import judge_decoding
 from .mined_examples import MinedExample
 from .mined_rows import inner_text
-from .model_properties import CACHE_NAME, eos_token_ids, input_device, keeps_states, of_vocabulary, vocab_size
+from .mismatches import Search, StateReader, TextReader
+from .model_properties import (
+    CACHE_NAME,
+    drafts_from_target,
+    eos_token_ids,
+    input_device,
+    keeps_states,
+    of_vocabulary,
+    vocab_size,
+)
 from .prefixes import prefixes_of
 from .rows import MaxRowLengths
 from .tasks.task import Task, abandoned, answers_or_errors
@@ -38,42 +45,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-# Positions at which the assistant's choice is looked up at once. The next mismatch is mostly nearer.
-SCANNED_POSITIONS = 32
 # Candidates that repeat the former response cost nothing to draft, and little to verify.
 LONGEST_REPETITION = 48
-
-
-@dataclass
-class _Search:
-    """Where the search on one example stands.
-
-    Attributes:
-        trial (`list[int]`): the tokens that the target is to continue: the prompt, then a prefix with a candidate.
-        sequence (`list[int]`): prompt and response, as of the last decision.
-        position (`int`): the first one that isn't decided; where a trial is under way, the candidate's.
-    """
-
-    example_id: int
-    example: Mapping[str, Any]
-    prompt: list[int]
-    trial: list[int]
-    position: int
-    sequence: list[int] | None = None
-    reference: Any = None
-    features: np.ndarray | None = None
-    rows: list[dict[str, Any]] = field(default_factory=list)
 
 
 class SemiGreedySearch:
     """Algorithm 1 of AutoJudge (arXiv 2504.20039) for one pair of models, many examples in flight.
 
     In every round each example in flight has one trial: one pass of the target over what is new in its prefix, which
-    also gives what a judge would see of the candidate; one lossless continuation, all of them as a batch, drafted by
-    the assistant; and a few passes of the assistant that look for the next mismatch. Prefixes stay cached.
+    also gives what a judge would see of the candidate; one lossless continuation, all of them as a batch; and a look
+    for the next mismatch. Prefixes stay cached.
 
     Args:
-        model, assistant_model (`PreTrainedModel`): the target and the assistant.
+        model (`PreTrainedModel`): the target.
+        assistant_model (`PreTrainedModel`, *optional*): the assistant; `None`: the target's own heads draft.
         tokenizer (`PreTrainedTokenizerBase`): theirs.
         task (`Task`): answers and equivalence.
         max_new_tokens (`int`): limit of a whole response, in tokens.
@@ -85,7 +70,7 @@ class SemiGreedySearch:
     def __init__(
         self,
         model: PreTrainedModel,
-        assistant_model: PreTrainedModel,
+        assistant_model: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase,
         task: Task,
         *,
@@ -95,7 +80,7 @@ class SemiGreedySearch:
         seed: int,
         layout: JudgeConfig,
     ):
-        self.model, self.assistant_model = model, assistant_model
+        self.model = model
         self.tokenizer, self.task = tokenizer, task
         self.max_new_tokens = max_new_tokens
         self.num_assistant_tokens = num_assistant_tokens
@@ -103,8 +88,15 @@ class SemiGreedySearch:
         self.processors = LogitsProcessorList([GumbelNoise(temperature, seed)] if temperature > 0 else [])
         self.layout = layout
         self.eos_token_ids = eos_token_ids(model)
-        self._keep_states = keeps_states(model) or keeps_states(assistant_model)
-        self._target, self._assistant = prefixes_of(model), prefixes_of(assistant_model)
+        self._target = prefixes_of(model)
+        shared = self.processors, num_assistant_tokens
+        if assistant_model is None or drafts_from_target(assistant_model):
+            self._drafter = StateReader(model, assistant_model, self._target, *shared, max_new_tokens)
+        else:
+            self._drafter = TextReader(model, assistant_model, *shared, self.eos_token_ids)
+        models = [model] if assistant_model is None else [model, assistant_model]
+        # States are decoded for one prompt at a time.
+        self._one_at_a_time = any(map(keeps_states, models))
 
     def __call__(
         self, examples: Iterable[tuple[int, Mapping[str, Any], list[int]]], batch_size: int
@@ -136,13 +128,13 @@ class SemiGreedySearch:
             over.set()
             grader.shutdown(cancel_futures=True)
 
-    def _start(self, example_id: int, example: Mapping[str, Any], prompt: list[int]) -> _Search:
+    def _start(self, example_id: int, example: Mapping[str, Any], prompt: list[int]) -> Search:
         # By itself, for a pass is as wide as its longest row.
-        for prefixes in (self._target, self._assistant):
-            prefixes.run({example_id: prompt[:-1] or prompt}, num_last=1)
-        return _Search(example_id, example, prompt, trial=prompt, position=len(prompt))
+        self._target.run({example_id: prompt[:-1] or prompt}, num_last=1)
+        self._drafter.start(example_id, prompt)
+        return Search(example_id, example, prompt, trial=prompt, position=len(prompt))
 
-    def _try(self, searches: list[_Search], grader: Executor) -> tuple[list[_Search], list[list[int]], Future]:
+    def _try(self, searches: list[Search], grader: Executor) -> tuple[list[Search], list[list[int]], Future]:
         """One trial each: the searches, the responses, and the answers to come."""
         self._see_candidates(searches)
         responses = self._continue(searches)
@@ -152,7 +144,7 @@ class SemiGreedySearch:
         ]
         return searches, responses, grader.submit(answers_or_errors, self.task, [s.example for s in searches], texts)
 
-    def _see_candidates(self, searches: list[_Search]) -> None:
+    def _see_candidates(self, searches: list[Search]) -> None:
         """Runs the candidates through the target behind their prefixes, as a verification cycle would."""
         trials = {s.example_id: s.trial for s in searches if s.sequence is not None}
         if not trials:
@@ -162,7 +154,7 @@ class SemiGreedySearch:
         states = assistant_logits = None
         temperature = self.temperature or 1.0
         if self.layout.assistant_hidden_size or self.layout.assistant_logit_features:
-            seen = self._assistant.run(trials, num_last=2, output_states=True)
+            seen = self._drafter.run(trials)
             states = seen.states[:, -2:] if self.layout.assistant_hidden_size else None
             logits = seen.logits[:, -2:-1].to(device, torch.float32)
             assistant_logits = of_vocabulary(logits, vocab_size(self.model)) / temperature
@@ -178,19 +170,18 @@ class SemiGreedySearch:
         for s in searches:
             s.features = features.get(s.example_id)
 
-    def _continue(self, searches: list[_Search]) -> list[list[int]]:
+    def _continue(self, searches: list[Search]) -> list[list[int]]:
         """The target's greedy continuations of all trials, written by the lossless loop on the cached prefixes."""
         unfinished = [
             s for s in searches if self._room(s) > 0 and (s.sequence is None or s.trial[-1] not in self.eos_token_ids)
         ]
         responses: dict[int, list[int]] = {}
-        # States are decoded for one prompt at a time.
-        size = 1 if self._keep_states else max(1, len(unfinished))
+        size = 1 if self._one_at_a_time else max(1, len(unfinished))
         for start in range(0, len(unfinished), size):
             responses |= self._continue_together(unfinished[start : start + size])
         return [responses.get(s.example_id, s.trial) for s in searches]
 
-    def _continue_together(self, unfinished: list[_Search]) -> dict[int, list[int]]:
+    def _continue_together(self, unfinished: list[Search]) -> dict[int, list[int]]:
         """The responses by example, decoded as one batch."""
         trials = {s.example_id: s.trial for s in unfinished}
         input_ids, attention_mask, cache = self._target.batch(trials, num_last=1)
@@ -201,23 +192,14 @@ class SemiGreedySearch:
         )
         if self.eos_token_ids:
             criteria.append(EosTokenCriteria(eos_token_id=sorted(self.eos_token_ids)))
-        drafter = FormerResponses(
-            [s.sequence or [] for s in unfinished],
-            self.num_assistant_tokens,
-            self.assistant_model,
-            self.model,
-            do_sample=False,
-            eos_token_ids=self.eos_token_ids,
-            cache=self._assistant.batch(trials, num_last=1)[2],
-        )
         output = judge_decoding(
             self.model,
             input_ids,
             self.processors,
             criteria,
-            GenerationConfig(do_sample=False),
-            assistant_model=self.assistant_model,
-            candidate_generator=drafter,
+            # Candidates come from a response.
+            GenerationConfig(do_sample=False, prompt_lookup_num_tokens=LONGEST_REPETITION),
+            candidate_generator=self._drafter.of_continuations(unfinished),
             num_assistant_tokens=max(self.num_assistant_tokens, LONGEST_REPETITION),
             attention_mask=attention_mask,
             **{CACHE_NAME: cache},
@@ -228,26 +210,26 @@ class SemiGreedySearch:
             responses[i] = trial + tokens[: next(ends, limit)]
         return responses
 
-    def _room(self, s: _Search) -> int:
+    def _room(self, s: Search) -> int:
         return len(s.prompt) + self.max_new_tokens - len(s.trial)
 
     def _decide(
-        self, searches: list[_Search], responses: list[list[int]], answers: Future
-    ) -> tuple[list[_Search], dict[int, MinedExample]]:
+        self, searches: list[Search], responses: list[list[int]], answers: Future
+    ) -> tuple[list[Search], dict[int, MinedExample]]:
         """Takes the trials' answers in: the searches that go on, each with its next trial, and what is finished."""
         finished: dict[int, MinedExample] = {}
         for s, response, answer in zip(searches, responses, answers.result()):
             if skipped := self._label(s, response, answer):
                 finished[s.example_id] = skipped
         searches = [s for s in searches if s.example_id not in finished]
-        found = self._next_mismatches(searches)
+        found = self._drafter.find_mismatches(searches)
         finished |= {s.example_id: MinedExample(s.rows) for s in searches if s.example_id not in found}
         for example_id in finished:
             self._target.forget(example_id)
-            self._assistant.forget(example_id)
+            self._drafter.forget(example_id)
         return [s for s in searches if s.example_id in found], finished
 
-    def _label(self, s: _Search, response: list[int], answer: Any) -> MinedExample | None:
+    def _label(self, s: Search, response: list[int], answer: Any) -> MinedExample | None:
         """Labels the trial by its answer, or takes the target's own; returns what becomes of an example to skip."""
         if isinstance(answer, Exception):
             return _failed(answer)
@@ -277,33 +259,6 @@ class SemiGreedySearch:
             s.sequence = response
         s.position += 1
         return None
-
-    def _next_mismatches(self, searches: list[_Search]) -> set[int]:
-        """Prepares the next trials: where the assistant's choice first isn't the sequence's. Returns who has one."""
-        found: set[int] = set()
-        while scanned := [s for s in searches if s.example_id not in found and s.position < len(s.sequence)]:
-            ends = {s.example_id: min(s.position + SCANNED_POSITIONS, len(s.sequence)) for s in scanned}
-            read = {s.example_id: s.sequence[: ends[s.example_id] - 1] for s in scanned}
-            longest = max(ends[s.example_id] - s.position for s in scanned)
-            # A token that only the assistant has is no candidate.
-            logits = self._assistant.run(read, num_last=longest).logits[..., : vocab_size(self.model)]
-            for s, row in zip(scanned, logits):
-                choices = self._choices(s.sequence[: ends[s.example_id] - 1], row[s.position - ends[s.example_id] :])
-                pairs = enumerate(zip(choices, s.sequence[s.position :]))
-                difference = next((n for n, (choice, token) in pairs if choice != token), len(choices))
-                s.position += difference
-                if difference < len(choices):
-                    found.add(s.example_id)
-                    s.trial = [*s.sequence[: s.position], choices[difference]]
-        return found
-
-    def _choices(self, tokens: list[int], logits: torch.Tensor) -> list[int]:
-        """The tokens that logits of shape `(n, v)`, the last of which follow `tokens`, choose."""
-        if self.processors:
-            behind = range(len(tokens) - len(logits) + 1, len(tokens) + 1)
-            rows = zip(behind, logits.float().split(1))
-            logits = torch.cat([self.processors(torch.tensor([tokens[:n]]), row) for n, row in rows])
-        return logits.argmax(dim=-1).tolist()
 
 
 def _failed(error: BaseException) -> MinedExample:

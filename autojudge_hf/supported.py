@@ -133,8 +133,6 @@ def check_supported(
             reads_layers or bool(config.use_mtp)
         )
         and is_of_earlier_call,
-        f"`use_mtp` for {type(model).__name__}, whose config has no `num_mtp_layers`": bool(config.use_mtp)
-        and not num_mtp_layers(model),
         f"`prefill_chunk_size={chunk_size!r}`, which must be an int of at least 1": chunk_size is not None
         and not (type(chunk_size) is int and chunk_size >= 1),
         "`prefill_chunk_size` where a prompt's states are kept or read (`output_hidden_states`, DFlash, `use_mtp`)": (
@@ -151,7 +149,9 @@ def check_supported(
     if shares_cache:
         _check_shares_cache(model, assistant_model)
     if reads_layers:
-        _check_reads_layers(model, assistant_model)
+        check_reads_layers(model, assistant_model)
+    if config.use_mtp:
+        check_has_heads(model)
     if assistant_model is not None and not has_other_tokenizer and not reads_layers:
         check_one_vocabulary(model, assistant_model)
     if config.compile_config is not None and not is_static:
@@ -174,7 +174,32 @@ def _check_shares_cache(model: PreTrainedModel, assistant_model: PreTrainedModel
         )
 
 
-def _check_reads_layers(model: PreTrainedModel, assistant_model: PreTrainedModel) -> None:
+def check_models(*models: PreTrainedModel) -> None:
+    """Raises one `ValueError` for models that judge decoding can't do, whatever the call."""
+    _refuse(_reasons_of_models(models))
+
+
+def check_is_model(assistant_model: Any) -> None:
+    if not isinstance(assistant_model, torch.nn.Module):
+        raise ValueError(
+            f"`assistant_model` must be a model, got {type(assistant_model).__name__}. Load one with "
+            "`AutoModelForCausalLM.from_pretrained(...)`."
+        )
+
+
+def check_one_vocabulary(model: PreTrainedModel, assistant_model: PreTrainedModel) -> None:
+    """Raises a `ValueError` for models whose tokens can't be the same ones."""
+    if abs(vocab_size(model) - vocab_size(assistant_model)) > LARGEST_PADDING:
+        raise ValueError(
+            f"The models have different vocabularies: {vocab_size(model)} tokens in the target's, "
+            f"{vocab_size(assistant_model)} in the assistant's. Expected one tokenizer (the padding of its embeddings "
+            "may differ). Mining needs an assistant of the target's own family; `generate` takes others too, with "
+            "both `tokenizer` and `assistant_tokenizer`."
+        )
+
+
+def check_reads_layers(model: PreTrainedModel, assistant_model: PreTrainedModel) -> None:
+    """Raises a `ValueError` for an assistant that reads layers (DFlash) which aren't those of this target."""
     its, config = assistant_model.config, model.config.get_text_config(decoder=True)
     if not its.target_layer_ids or min(its.target_layer_ids) < 0 or its.mask_token_id < 0 or its.block_size < 2:
         raise ValueError(
@@ -201,28 +226,9 @@ def _check_reads_layers(model: PreTrainedModel, assistant_model: PreTrainedModel
     )
 
 
-def check_models(*models: PreTrainedModel) -> None:
-    """Raises one `ValueError` for models that judge decoding can't do, whatever the call."""
-    _refuse(_reasons_of_models(models))
-
-
-def check_is_model(assistant_model: Any) -> None:
-    if not isinstance(assistant_model, torch.nn.Module):
-        raise ValueError(
-            f"`assistant_model` must be a model, got {type(assistant_model).__name__}. Load one with "
-            "`AutoModelForCausalLM.from_pretrained(...)`."
-        )
-
-
-def check_one_vocabulary(model: PreTrainedModel, assistant_model: PreTrainedModel) -> None:
-    """Raises a `ValueError` for models whose tokens can't be the same ones."""
-    if abs(vocab_size(model) - vocab_size(assistant_model)) > LARGEST_PADDING:
-        raise ValueError(
-            f"The models have different vocabularies: {vocab_size(model)} tokens in the target's, "
-            f"{vocab_size(assistant_model)} in the assistant's. Expected one tokenizer (the padding of its embeddings "
-            "may differ). Mining needs an assistant of the target's own family; `generate` takes others too, with "
-            "both `tokenizer` and `assistant_tokenizer`."
-        )
+def check_has_heads(model: PreTrainedModel) -> None:
+    """Raises a `ValueError` for a target that has no heads for tokens further on (`use_mtp`)."""
+    _refuse({f"`use_mtp` for {type(model).__name__}, whose config has no `num_mtp_layers`": not num_mtp_layers(model)})
 
 
 def _reasons_of_models(models: Sequence[PreTrainedModel]) -> dict[str, bool]:

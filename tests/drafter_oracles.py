@@ -4,12 +4,15 @@
 import reference
 import torch
 from conftest import left_padded
+from test_mining import LastTokens, NumberTokenizer, assert_same, found, mine_random
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from autojudge_hf import AutoJudge, JudgeConfig
+from autojudge_hf.search import GumbelNoise
 
 
 PROMPTS = [[3, 14, 15, 9, 2, 6, 5, 3, 5, 8, 9], [2, 7, 1], [8, 2, 8, 1, 8, 2, 8]]
+MINED = [{"text": f"3 {i} 15 9 {(i * 5) % 16}"} for i in range(5)]
 OPTIONS = {"do_sample": False, "max_new_tokens": 40}
 
 
@@ -117,3 +120,26 @@ def check_sampling(pair, judge, **options):
     drawn = output.sequences[:, len(prompt) : len(prompt) + 2]
     counts = torch.bincount(drawn[:, 0] * 16 + drawn[:, 1], minlength=256)
     assert reference.chi_square_p(counts, expected) > reference.NOT_CHANCE
+
+
+def check_mining(pair, draft, length, temperature=0.0, **options):
+    """Labels and features against a search that asks for every draft anew; whatever is in flight."""
+    model, _ = pair
+    noise = GumbelNoise(temperature, seed=0) if temperature > 0 else None
+    options |= {"temperature": temperature, "logit_features": True}
+    mined, expected = mine_random(pair, MINED, batch_size=2, **options), []
+    for i, example in enumerate(MINED):
+        prompt = NumberTokenizer().encode(example["text"], False)
+        search = reference.algorithm_1_by_drafts(
+            model, draft, length, NumberTokenizer(), LastTokens(MINED), prompt, 24, (), noise
+        )
+        expected += [(i, *row) for row in search]
+    assert [(row["example_id"], *f) for row, f in zip(mined, found(mined))] == expected
+    assert {row[-1] for row in expected} == {0, 1}
+    for row in mined:
+        text = torch.tensor([[*row["input_ids"], row["candidate_token_id"]]])
+        with torch.no_grad():
+            state = model(text, output_hidden_states=True).hidden_states[-1][0, -1]
+        torch.testing.assert_close(torch.tensor(row["features"])[:32], state, atol=1e-3, rtol=1e-3)
+    assert_same(mine_random(pair, MINED, batch_size=5, **options), mined)
+    return mined

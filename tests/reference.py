@@ -66,12 +66,8 @@ def judged(model, assistant, tokens, max_new_tokens, eos_ids, num_assistant_toke
     return tokens, (matched, judge_accepted, judge_rejected)
 
 
-@torch.no_grad()
-def algorithm_1(model, assistant, tokenizer, task, prompt, max_new_tokens, eos_ids, noise=None):
-    """The semi-greedy search (arXiv 2504.20039, algorithm 1), `model.generate` for every continuation.
-
-    Yields `(position, candidate, target_token, label)`; nothing where the target gives no answer.
-    """
+def _asked(model, tokenizer, task, prompt, max_new_tokens, eos_ids, noise):
+    """What algorithm 1 asks: the target's response behind a prefix, and the answer of a response."""
 
     def respond(prefix):
         room = len(prompt) + max_new_tokens - len(prefix)
@@ -86,6 +82,16 @@ def algorithm_1(model, assistant, tokenizer, task, prompt, max_new_tokens, eos_i
     def answer(tokens):
         return task.extract_answers([{}], [tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True)])[0]
 
+    return respond, answer
+
+
+@torch.no_grad()
+def algorithm_1(model, assistant, tokenizer, task, prompt, max_new_tokens, eos_ids, noise=None):
+    """The semi-greedy search (arXiv 2504.20039, algorithm 1), `model.generate` for every continuation.
+
+    Yields `(position, candidate, target_token, label)`; nothing where the target gives no answer.
+    """
+    respond, answer = _asked(model, tokenizer, task, prompt, max_new_tokens, eos_ids, noise)
     y = respond(prompt)
     reference = answer(y)
     t = len(prompt)
@@ -99,3 +105,27 @@ def algorithm_1(model, assistant, tokenizer, task, prompt, max_new_tokens, eos_i
             if not important:
                 y = alternative
         t += 1
+
+
+@torch.no_grad()
+def algorithm_1_by_drafts(model, draft, length, tokenizer, task, prompt, max_new_tokens, eos_ids, noise=None):
+    """The same for a drafter that is asked as in decoding: `draft(text)` is what it drafts behind a text."""
+    respond, answer = _asked(model, tokenizer, task, prompt, max_new_tokens, eos_ids, noise)
+    y = respond(prompt)
+    reference = answer(y)
+    t = len(prompt) + 1  # the prefill's token is the target's own
+    while reference is not None and t < len(y):
+        room = len(prompt) + max_new_tokens - t - 1
+        for candidate in draft(y[:t])[: min(length, room)]:
+            if t == len(y):
+                break
+            important = False
+            if candidate != y[t]:
+                alternative = respond([*y[:t], candidate])
+                important = not task.equivalent(answer(alternative), reference)
+                yield t, candidate, y[t], int(important)
+                if important:
+                    break
+                y = alternative
+            t += 1
+        t += 1  # the target's own

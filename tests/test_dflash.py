@@ -9,14 +9,17 @@ import torch
 from accelerate import cpu_offload
 from conftest import random_llama, scaled_up
 from drafter_oracles import (
+    MINED,
     OPTIONS,
     PROMPTS,
     check_lossless,
+    check_mining,
     check_rows_alone,
     check_sampling,
     drafts_of_a_judged_call,
     drafts_of_stock,
 )
+from test_mining import assert_same, mine_random
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -38,12 +41,12 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from autojudge_hf import AutoJudge, JudgeConfig, judge_decoding, mine_mismatches
+from autojudge_hf import AutoJudge, JudgeConfig, compute_features, judge_decoding
 from autojudge_hf.dflash import DFlashCandidateGenerator
 from autojudge_hf.draft_length import AdaptiveDraftLength
 from autojudge_hf.fixed_cache import FixedCache
 from autojudge_hf.model_properties import CACHE_NAME, behind_head
-from autojudge_hf.tasks import GSM8K
+from autojudge_hf.search import GumbelNoise
 
 
 WINDOW = 8
@@ -281,8 +284,50 @@ def test_an_earlier_calls_cache_lacks_the_states(top_k):
         model.generate(text, judge=top_k, assistant_model=assistant_of(), **{CACHE_NAME: cache}, **OPTIONS)
 
 
-def test_mining_asks_for_an_assistant_that_reads_text(tokenizer):
-    with pytest.raises(ValueError, match="Mine with an assistant that reads the text"):
-        mine_mismatches(
-            random_llama(), assistant_of(), tokenizer, [{"question": "?"}], GSM8K(), max_new_tokens=8, batch_size=1
+@pytest.mark.parametrize("num_assistant_tokens", [None, 2])
+def test_mining_asks_as_decoding_does(pair, num_assistant_tokens):
+    draft = functools.partial(stock_draft, *pair, penalty=1.0)
+    check_mining(pair, draft, num_assistant_tokens or BLOCK - 1, num_assistant_tokens=num_assistant_tokens)
+
+
+def test_sampled_mining_draws_with_one_noise():
+    """Each of the draft's tokens is drawn with the noise of the text before it."""
+    pair = random_llama(0, 16), assistant_of()
+
+    def draft(text):
+        generator = DFlashCandidateGenerator(*pair[::-1], do_sample=False, output_logits=False)
+        states = pair[0](torch.tensor([text[:-1]]), output_hidden_states=True).hidden_states
+        generator.rewind([1], None, states)
+        noise, text = GumbelNoise(1.5, seed=0), torch.tensor([text])
+        drafted, _ = generator.get_candidates(
+            text, None, [BLOCK], lambda behind, x: noise(torch.cat([text, behind], dim=1), x[:, 0])[:, None]
         )
+        return drafted[0, text.shape[1] :].tolist()
+
+    check_mining(pair, draft, BLOCK - 1, temperature=1.5)
+
+
+def test_what_mining_lacks_is_refused(pair, tmp_path):
+    options = {"output_dir": tmp_path / "mined"}
+    for more, message in (
+        ({"assistant_states": True}, "Features of the assistant need one that reads the text"),
+        ({"assistant_logit_features": True}, "Features of the assistant need one that reads the text"),
+        ({"num_assistant_tokens": BLOCK}, f"at most {BLOCK - 1} for a MuseGlimmerAssistantModel"),
+        ({"num_assistant_tokens": "adaptive"}, "of mining must be an int"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mine_random(pair, MINED, **options, **more)
+    with pytest.raises(ValueError, match="reads the states of the model it was made for"):
+        mine_random((random_llama(hidden_size=64), pair[1]), MINED, **options)
+    assert not (tmp_path / "mined").exists()
+    tokens = mine_random(pair, MINED[:1], features_dtype=None)
+    with pytest.raises(ValueError, match="one that reads the text, got MuseGlimmerAssistantModel"):
+        compute_features(tokens, *pair)
+
+
+def test_a_mined_folder_is_of_one_draft_length(pair, tmp_path):
+    """It decides what can be a mismatch."""
+    mined = mine_random(pair, MINED[:1], output_dir=tmp_path)
+    assert_same(mine_random(pair, MINED[:1], output_dir=tmp_path, num_assistant_tokens=BLOCK - 1), mined)
+    with pytest.raises(ValueError, match="num_assistant_tokens"):
+        mine_random(pair, MINED[:1], output_dir=tmp_path, num_assistant_tokens=2)

@@ -29,6 +29,7 @@ from autojudge_hf import (
     mine_mismatches,
     select_features,
 )
+from autojudge_hf.early_exit import first_layers
 from autojudge_hf.features import logit_features
 from autojudge_hf.mined_examples import read_mismatches
 from autojudge_hf.mined_rows import inner_text
@@ -305,6 +306,16 @@ def test_algorithm_1_on_a_model_that_lacks_layers():
     assert len(expected) > 5 and found(mined) == [tuple(row) for row in expected]
 
 
+def test_early_exit_is_mined_as_the_model_it_is():
+    model = random_llama(num_hidden_layers=3, eos_token_id=[30, 31])
+    expected = mine_random((model, first_layers(model, 2)))
+    model.generation_config.assistant_early_exit = 2
+    mined = mine_random((model, None))
+    assert len(mined) > 10
+    assert_same(mined, expected)
+    assert mined.unique("pair") == expected.unique("pair")
+
+
 def test_examples_in_flight_change_nothing(random_pair):
     examples = [{"text": f"3 {i} 15 {i // 2} {(i * 5) % 32}"} for i in range(30)]
     rows = [mine_random(random_pair, examples, batch_size=batch_size) for batch_size in (1, 4, 16)]
@@ -477,7 +488,7 @@ def test_features_of_another_pair_are_refused(random_pair):
     with pytest.raises(ValueError, match="target .* of width 32, got .* of width 48"):
         compute_features(mined, random_llama(hidden_size=48))
     for wanted in ("assistant_states", "assistant_logit_features"):
-        with pytest.raises(ValueError, match="need the assistant"):
+        with pytest.raises(ValueError, match="need one that reads the text"):
             compute_features(mined, random_pair[0], **{wanted: True})
     other = copy.deepcopy(random_pair[0]).double()
     assert json.loads(compute_features(mined, other)[0]["pair"])["target"]["dtype"] == "float64"
@@ -665,8 +676,12 @@ def test_a_folder_without_examples_belongs_to_nobody(random_pair, tmp_path):
     folder = tmp_path / "mined"
     with pytest.raises(ValueError, match="different vocabularies: 32 tokens.*1100"):
         mine_random((model, random_llama(vocab_size=1100)), output_dir=folder)
-    with pytest.raises(ValueError, match="`assistant_model` must be a model, got NoneType"):
-        mine_random((model, None), output_dir=folder)
+    for assistant, message in (
+        (None, "Mining needs a model to ask"),
+        ("draft", "`assistant_model` must be a model, got str"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mine_random((model, assistant), output_dir=folder)
     assert not folder.exists()
 
     class Interrupted(LastTokens):

@@ -14,9 +14,11 @@ import torch
 from accelerate import cpu_offload
 from conftest import random_llama, scaled_up
 from drafter_oracles import (
+    MINED,
     OPTIONS,
     PROMPTS,
     check_lossless,
+    check_mining,
     check_rows_alone,
     check_sampling,
     drafts_of_a_judged_call,
@@ -25,6 +27,7 @@ from drafter_oracles import (
 from safetensors.torch import load_file, save_file
 from test_evaluation import EvenLength
 from test_hybrids import FAMILIES as hybrid_families
+from test_mining import mine_random
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -305,6 +308,29 @@ def test_a_batch_gives_what_rows_give_alone(pair):
 @runs
 def test_sampling_draws_from_the_target(pair, top_k):
     check_sampling(pair, top_k, use_mtp=True)
+
+
+@runs
+@pytest.mark.parametrize("num_assistant_tokens", [None, 4])
+def test_mining_asks_as_decoding_does(family, num_assistant_tokens):
+    *_, num_heads = family
+    model, length = load(family), num_assistant_tokens or num_heads
+    model.generation_config.use_mtp = True
+    draft = functools.partial(long_draft, model, num_candidates=length)
+    check_mining((model, None), draft, length, num_assistant_tokens=num_assistant_tokens)
+
+
+def test_mining_without_heads_is_refused(tmp_path):
+    model = random_llama()
+    for name, message in (
+        ("use_mtp", "has no `num_mtp_layers`"),
+        ("prompt_lookup_num_tokens", "a model to ask"),
+    ):
+        setattr(model.generation_config, name, 3)
+        with pytest.raises(ValueError, match=message):
+            mine_random((model, None), MINED, output_dir=tmp_path / "mined")
+        setattr(model.generation_config, name, None)
+    assert not (tmp_path / "mined").exists()
 
 
 @runs
