@@ -192,22 +192,19 @@ class StateReader:
     def _next_candidate(self, s: Search) -> int | None:
         """The next that isn't the sequence's token; the search is at its position then, or at the sequence's end."""
         draft = self._drafts[s.example_id]
-        while True:
+        while s.position < len(s.sequence):
             num_kept = s.position - draft.start
-            if draft.candidates[:num_kept] == s.sequence[draft.start : s.position]:  # or the last one was important
-                if num_kept < len(draft.candidates) and s.position < len(s.sequence):
-                    if (candidate := draft.candidates[num_kept]) != s.sequence[s.position]:
-                        return candidate
-                    s.position += 1
-                    continue
+            if draft.candidates[:num_kept] != s.sequence[draft.start : s.position]:  # or there aren't so many
+                self._draft(draft, s)
+            elif num_kept < len(draft.candidates) and draft.candidates[num_kept] != s.sequence[s.position]:
+                return draft.candidates[num_kept]
+            else:
                 s.position += 1
-            if s.position >= len(s.sequence):
-                return None
-            self._go_on(draft, s)
+        return None
 
     @torch.inference_mode()
-    def _go_on(self, draft: _Draft, s: Search) -> None:
-        """The draft that begins at the search's position, behind the token before."""
+    def _draft(self, draft: _Draft, s: Search) -> None:
+        """Begins the next draft at the search's position."""
         committed, limit = s.sequence[: s.position], len(s.prompt) + self.max_new_tokens - s.position - 1
         drafter, num_new = draft.drafter, len(committed) - 1 - draft.num_read
         layers = self.target.run({s.example_id: committed[:-1]}, num_new, output_layers=drafter.target_layers)

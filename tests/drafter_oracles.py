@@ -12,7 +12,7 @@ from autojudge_hf.search import GumbelNoise
 
 
 PROMPTS = [[3, 14, 15, 9, 2, 6, 5, 3, 5, 8, 9], [2, 7, 1], [8, 2, 8, 1, 8, 2, 8]]
-MINED = [{"text": f"3 {i} 15 9 {(i * 5) % 16}"} for i in range(5)]
+MINED = [{"text": f"3 {i} 15 9 {(i * 5) % 16}"} for i in range(3)]
 OPTIONS = {"do_sample": False, "max_new_tokens": 40}
 
 
