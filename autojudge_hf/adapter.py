@@ -11,17 +11,13 @@ from typing import TYPE_CHECKING, Any
 from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
 from .generation import judge_decoding
-from .supported import check_is_model, check_models
+from .supported import DRAFTERS, check_is_model, check_models
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from transformers import PreTrainedModel
-
-
-#: Settings of a `GenerationConfig` that name a drafter.
-DRAFTERS = ("use_mtp", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
 def install_judge_argument() -> None:
@@ -87,14 +83,19 @@ def with_loop(model: PreTrainedModel, loop: Callable[..., Any], kwargs: dict[str
         return {**kwargs, "custom_generate": loop}
     own = model.generation_config
     config = kwargs.get("generation_config") or own
-    drafters = {name: kwargs.get(name, getattr(config, name) or getattr(own, name)) for name in DRAFTERS}
+    drafters = {}
+    for name in DRAFTERS:  # as `generate` merges them
+        value = kwargs[name] if name in kwargs else getattr(config, name)
+        if value is None and name not in kwargs:
+            value = getattr(own, name)
+        if value:
+            drafters[name] = value
 
-    @functools.wraps(loop)  # `generate` looks at its parameters
     def decode(*args, generation_config, **model_kwargs):
         generation_config.update(**drafters)
         return loop(*args, generation_config=generation_config, **model_kwargs)
 
-    return {**kwargs, "assistant_model": None, **dict.fromkeys(DRAFTERS), "custom_generate": decode}
+    return {**kwargs, "assistant_model": None, **dict.fromkeys(drafters), "custom_generate": decode}
 
 
 def _stop_strings_to_criterion(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:

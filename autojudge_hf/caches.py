@@ -20,7 +20,7 @@ from transformers.cache_utils import (
 
 from .fixed_cache import FixedCache, LayerOfAnother
 from .model_properties import goes_on_from_states
-from .state_copies import StateCopies, layers_with_states
+from .state_copies import StateCopies
 
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ def make_rewindable(cache: DynamicCache) -> None:
     for layer in cache.layers:
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.activate_past_recording()
-    if layers_with_states(cache):
-        cache.state_copies = StateCopies(cache, cache.get_seq_length())
+    cache._state_copies = StateCopies(cache)
 
 
 def other_layers(cache: Cache, model: PreTrainedModel) -> list[str]:
@@ -79,13 +78,13 @@ def rewind(cache: Cache, removed: Sequence[int]) -> None:
     A row that loses more than another moves right, and what wraps round to its front is for the mask to hide. Layers
     with a state go back farther, and with them the others: to where nothing was taken back for the last time.
     """
-    least = min(removed)
-    if (copies := _copies(cache)) is not None:
+    least, copies = min(removed), _copies(cache)
+    if copies is not None and copies.layers:
         if least > 0:
-            copies.go_back()
+            go_back(cache)
         else:
             keep(cache)
-        _cut_off(cache, copies.length)  # if only by nothing: sliding layers forget what they may from one to the next
+            _cut_off(cache, copies.length)
         return
     if max(removed) > least:
 
@@ -112,8 +111,8 @@ def rewind(cache: Cache, removed: Sequence[int]) -> None:
     if isinstance(cache, FixedCache):
         cache.length -= least
         return
-    for layer in filled_layers(cache):
-        layer.crop(-least)
+    _cut_off(cache, num_cached(cache) - least)
+    keep(cache)
 
 
 def keep(cache: Cache) -> None:
@@ -122,35 +121,48 @@ def keep(cache: Cache) -> None:
         copies.keep(num_cached(cache))
 
 
+def go_back(cache: DynamicCache) -> None:
+    """Takes back what came since all was there to stay for the last time."""
+    copies = _copies(cache)
+    copies.go_back()
+    _cut_off(cache, copies.length)
+
+
 def _copies(cache: Cache) -> StateCopies | None:
-    return getattr(cache, "state_copies", None)
+    return getattr(cache, "_state_copies", None)
 
 
 def _cut_off(cache: DynamicCache, length: int) -> None:
-    """Takes keys and values behind the first `length` back, in layers that hold more."""
+    """Leaves the first `length` keys and values. If all are left, sliding layers still forget what they may."""
     for layer in filled_layers(cache):
-        if (excess := layer.get_seq_length() - length) >= 0:
-            # A layer with a state as well would take that back in its own way.
-            (DynamicLayer if isinstance(layer, LinearAttentionLayer) else type(layer)).crop(layer, -excess)
+        excess = layer.get_seq_length() - length
+        if isinstance(layer, LinearAttentionLayer):
+            DynamicLayer.crop(layer, -excess)  # its own would take states back, too
+        else:
+            layer.crop(-excess)
 
 
-def leave_behind(cache: Cache, length: int) -> None:
+def leave_behind(cache: DynamicCache, length: int) -> None:
     """Leaves a cache of one row for others to go on with: `length` tokens at most, outside of inference mode.
 
     It holds more where a call was broken off, in some of its layers if that was in a forward.
     """
-    if (copies := _copies(cache)) is not None:
-        if copies.length is None or copies.length > length:  # broken off where copies were made, or right behind
+    copies, filled = _copies(cache), filled_layers(cache)
+    if copies.layers:
+        if copies.length is None or copies.length > length:  # broken off while states were copied, or right behind
             copies.length = 0
-        length = copies.length
-        copies.go_back()
+        go_back(cache)
         copies.leave()
-        del cache.state_copies
-    _cut_off(cache, length)
-    for layer in filled_layers(cache):
+    else:
+        # Layers that hold nothing weren't reached yet, or never are.
+        read = [layer.get_seq_length() for layer in filled]
+        read += [copies.length] if len(filled) < len(cache.layers) else []
+        _cut_off(cache, min([length, *read]))
+    for layer in filled:
         layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.record_past = False  # or it would forget nothing from now on
+    del cache._state_copies
 
 
 def use_up(cache: DynamicCache) -> None:

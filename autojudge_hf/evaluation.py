@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from transformers import GenerationConfig
 
-from .adapter import DRAFTERS, with_loop
+from .adapter import with_loop
 from .checks import NEVER_MINED, check_is_judge, checked_draft_length, checked_judge
 from .configuration import public_name
 from .early_exit import first_layers
 from .generation import judge_decoding
 from .measuring import measure_decoding
 from .other_tokenizer import is_other_tokenizer
+from .supported import DRAFTERS, check_has_heads
 from .tasks.task import Task, checked_examples
 
 
@@ -88,6 +89,8 @@ def rows_one_by_one(
         settings["top_k"] = 50  # `generate`'s default: it warns of any other without sampling
     drafters = {name: getattr(model.generation_config, name) for name in DRAFTERS}
     config = GenerationConfig(**settings, **drafters)
+    if config.use_mtp:
+        check_has_heads(model)
     checked_draft_length(num_assistant_tokens, model, assistant_model, config)
     drafter = assistant_model
     if config.assistant_early_exit is not None:

@@ -80,7 +80,8 @@ def judge_decoding(
     """Assisted decoding that keeps harmless mismatches; lossless with `judge=None`.
 
     A decoding method for `generate(custom_generate=functools.partial(judge_decoding, judge=...,
-    assistant_model=...), assistant_model=...)`; `generate(judge=...)` is the short form. Each cycle drafts
+    assistant_model=...), assistant_model=...)`; `generate(judge=...)` is the short form, and the only one for drafters
+    of models that `generate` calls stateful, bar an assistant that the loop alone is told of. Each cycle drafts
     candidates, runs the target once over them, and commits a prefix and the target's next token; how many tokens
     that is differs from row to row, and a greedy row gives what it gives alone.
 

@@ -17,7 +17,7 @@ from .configuration import JudgeConfig, public_name
 from .features import judge_inputs
 from .forward import Pass
 from .mined_rows import pair_of
-from .model_properties import drafts_from_target, hidden_size, input_device, of_vocabulary
+from .model_properties import drafts_from_target, hidden_size, input_device, keeps_states, of_vocabulary
 from .prefixes import prefixes_of
 
 
@@ -44,7 +44,7 @@ def compute_features(
     """Computes the features of mined mismatches from their tokens: for rows that have none, or to try others.
 
     An example's harmless mismatches are all in its last response, so that one pass serves them; the important ones
-    run as one batch behind what they share with it.
+    run as one batch behind what they share with it (one by one, if the model keeps states).
 
     Args:
         dataset (`datasets.Dataset`): what `mine_mismatches` returned, whole examples in their order.
@@ -111,18 +111,24 @@ def _last_two_positions(model: PreTrainedModel, rows: list[dict[str, Any]]) -> l
     texts = [[*row["input_ids"], row["candidate_token_id"]] for row in rows]
     last, start = texts[-1], rows[0]["prompt_length"] - 1
     prefixes = prefixes_of(model)
-    outputs = prefixes.run({0: last}, num_last=len(last) - start, output_states=True)
+    shared = -1  # no row's number
+    outputs = prefixes.run({shared: last}, num_last=len(last) - start, output_states=True)
     found = {}
     for n, text in enumerate(texts):
         if text == last[: len(text)]:
             at = slice(len(text) - 2 - len(last), (len(text) - len(last)) or None)
             found[n] = Pass(outputs.logits[0, at], outputs.states[0, at], None)
-        else:
-            prefixes.share(0, n)
-    if others := {n: texts[n] for n in range(len(texts)) if n not in found}:
-        outputs = prefixes.run(others, num_last=2, output_states=True)
-        for n, logits, states in zip(others, outputs.logits[:, -2:], outputs.states[:, -2:]):
+    others = [n for n in range(len(texts)) if n not in found]
+    # A model that keeps states reads one text after the other, and has no use for what it has read.
+    size = 1 if keeps_states(model) else max(1, len(others))
+    for start in range(0, len(others), size):
+        group = others[start : start + size]
+        for n in group:
+            prefixes.share(shared, n)
+        outputs = prefixes.run({n: texts[n] for n in group}, num_last=2, output_states=True)
+        for n, logits, states in zip(group, outputs.logits[:, -2:], outputs.states[:, -2:]):
             found[n] = Pass(logits, states, None)
+            prefixes.forget(n)
     return [found[n] for n in range(len(texts))]
 
 

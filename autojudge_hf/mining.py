@@ -18,7 +18,6 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from .adapter import DRAFTERS
 from .checks import checked_draft_length
 from .configuration import GREEDY_SETTINGS, public_name
 from .early_exit import first_layers
@@ -32,7 +31,14 @@ from .model_properties import (
     reads_targets_layers,
 )
 from .search import SemiGreedySearch
-from .supported import check_has_heads, check_is_model, check_models, check_one_vocabulary, check_reads_layers
+from .supported import (
+    DRAFTERS,
+    check_has_heads,
+    check_is_model,
+    check_models,
+    check_one_vocabulary,
+    check_reads_layers,
+)
 from .tasks.task import Task, checked_examples, name_of, prompt_ids
 
 

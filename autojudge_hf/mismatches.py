@@ -212,7 +212,7 @@ class StateReader:
         rejected = (0, 0, 0, max(0, len(draft.candidates) + 1 - num_new))
         layers = [None if x is None else x[:, -num_new:] for x in layers.hidden_states]
         layers = [None if x is None else torch.nn.functional.pad(x, rejected) for x in layers]
-        drafter.rewind([num_new if draft.num_read else 1], None, layers)
+        drafter.rewind([num_new], None, layers)
         input_ids = torch.tensor([committed], device=input_device(self.model))
 
         def process(candidate_ids: torch.LongTensor, logits: torch.Tensor) -> torch.Tensor:

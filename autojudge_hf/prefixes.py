@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
-from .caches import keep, num_cached, rewind, rewindable_cache
+from .caches import go_back, keep, num_cached, rewindable_cache
 from .forward import Pass, cached_forward
 from .head_inputs import HeadInputs
 from .model_properties import input_device, keeps_states, vocab_size
@@ -142,7 +142,7 @@ class HybridPrefixes(Prefixes):
             return rewindable_cache(self.model)
         cache, num_shared = copy.deepcopy(self._cached[name][1]), self._num_shared(name, tokens, num_last)
         if num_cached(cache) > num_shared:
-            rewind(cache, [1])
+            go_back(cache)
         return cache if num_cached(cache) <= num_shared else rewindable_cache(self.model)
 
 

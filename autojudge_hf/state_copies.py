@@ -10,28 +10,31 @@ from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
 
 class StateCopies:
-    """The states of a cache as they were where all that it held was there to stay: they can go back no further.
+    """How much of a cache is there to stay, and its states as they were then: these can go back no further.
 
     Args:
-        cache (`DynamicCache`): of one row, with a state in some of its layers.
-        length (`int`): how many tokens it holds, all of them there to stay.
+        cache (`DynamicCache`): all of what it holds is there to stay.
 
     Attributes:
-        length (`int`, *optional*): how many tokens the copies have seen; `None` while they are made.
+        layers (`list[LinearAttentionLayer]`): those with a state; most models have none.
+        length (`int`, *optional*): how many tokens are there to stay; `None` while the states are copied.
     """
 
     length: int | None
 
-    def __init__(self, cache: DynamicCache, length: int):
-        self.cache = cache
-        for layer in layers_with_states(cache):
-            # Stock assisted generation leaves what it needed to take tokens back from convolutions.
+    def __init__(self, cache: DynamicCache):
+        # And not the cache, which holds this object, and would be freed late.
+        self.layers = layers_with_states(cache)
+        for layer in self.layers:
+            # Stock assisted generation leaves what it needed to take tokens back from convolutions, or too little.
             layer.record_past = False
             for i, states in layer.conv_states.items():
                 if states is not None:
-                    layer.conv_states[i] = states[..., -layer.conv_kernel_size[i] :]
+                    size = layer.conv_kernel_size[i]
+                    states = torch.nn.functional.pad(states, (max(0, size - states.shape[-1]), 0))
+                    layer.conv_states[i] = states[..., -size:]
         self._copies: dict[tuple[int, str, int], torch.Tensor] = {}
-        self.keep(length)
+        self.keep(cache.get_seq_length() if cache.layers else 0)
 
     @torch.inference_mode()
     def keep(self, length: int) -> None:
@@ -48,23 +51,21 @@ class StateCopies:
     def go_back(self) -> None:
         """To the copies, or to layers that have seen nothing where nothing was there to stay."""
         if not self.length:
-            self.cache.layers = [
-                type(x)(x.number_of_states) if isinstance(x, LinearAttentionLayer) else x for x in self.cache.layers
-            ]
+            for layer in self.layers:
+                vars(layer).update(vars(type(layer)(layer.number_of_states)))
         for name, states in self._states():
             states.copy_(self._copies[name])
 
     def leave(self) -> None:
         """Leaves the states for others to go on with, outside of inference mode."""
         for (n, name, i), states in self._states():
-            getattr(self.cache.layers[n], name)[i] = states.clone()
+            getattr(self.layers[n], name)[i] = states.clone()
 
     def _states(self) -> Iterator[tuple[tuple[int, str, int], torch.Tensor]]:
-        for n, layer in enumerate(self.cache.layers):
-            if isinstance(layer, LinearAttentionLayer):
-                for name in ("conv_states", "recurrent_states"):
-                    states = getattr(layer, name)
-                    yield from (((n, name, i), x) for i, x in states.items() if x is not None)
+        for n, layer in enumerate(self.layers):
+            for name in ("conv_states", "recurrent_states"):
+                states = getattr(layer, name)
+                yield from (((n, name, i), x) for i, x in states.items() if x is not None)
 
 
 def layers_with_states(cache: DynamicCache) -> list[LinearAttentionLayer]:

@@ -27,6 +27,7 @@ from .model_properties import (
     unwrapped,
     vocab_size,
 )
+from .state_copies import layers_with_states
 
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 # Pairs with one tokenizer pad its vocabulary to different sizes, Qwen2.5's by 128. Tokenizers differ by more.
 LARGEST_PADDING = 1024
+#: Settings of a `GenerationConfig` that name a drafter.
+DRAFTERS = ("use_mtp", "prompt_lookup_num_tokens", "assistant_early_exit")
 #: Settings of a `GenerationConfig` that ask for another way of decoding: what turns each off besides `None`, and what
 #: it is called. Some are younger than the oldest transformers this runs on.
 REFUSED_SETTINGS = {
@@ -86,13 +89,9 @@ def check_supported(
     known |= {"output_hidden_states", "output_attentions"}  # also in the config, which is what counts
     other = sorted(k for k, v in model_kwargs.items() if k not in known and not _says_nothing(k, v, model))
     config = generation_config
-    drafters = {
-        "assistant_model": assistant_model,
-        "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens,
-        "assistant_early_exit": config.assistant_early_exit,
-        "use_mtp": config.use_mtp or None,
-    }
-    given = [name for name, value in drafters.items() if value is not None]
+    drafters = {name: getattr(config, name) for name in DRAFTERS}
+    drafters |= {"assistant_model": assistant_model, "use_mtp": config.use_mtp or None}
+    given = sorted(name for name, value in drafters.items() if value is not None)
     told = _told_by_peft(model)
     shares_cache = assistant_model is not None and reads_targets_cache(assistant_model)
     reads_layers = assistant_model is not None and reads_targets_layers(assistant_model)
@@ -123,6 +122,9 @@ def check_supported(
         "`use_cache=False`, or a model that has no cache": cache is None,
         f"the cache {type(cache).__name__}": not is_static and cache is not None and type(cache) is not DynamicCache,
         f"the cache's {', '.join(layers)}": bool(layers),
+        "a cache without the states that the model keeps (make it with `DynamicCache(config=model.config)`)": (
+            model in with_states and type(cache) is DynamicCache and not layers_with_states(cache)
+        ),
         "offloaded caches": bool(getattr(cache, "offloading", False)),
         "`cache_implementation='static'` with `assistant_early_exit`": is_static and bool(config.assistant_early_exit),
         "`cache_implementation='static'` with an assistant that reads the target's cache": is_static and shares_cache,

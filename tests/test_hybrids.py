@@ -2,7 +2,9 @@
 """Hybrid models, whose states can't be taken back token by token: what they write is the same, and no row is lost."""
 
 import functools
+import gc
 import itertools
+import weakref
 
 import pytest
 import reference
@@ -16,12 +18,14 @@ from test_ways_to_call import GoneError, Listener
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
+import autojudge_hf.caches
 import autojudge_hf.generation
 from autojudge_hf import AutoJudge, JudgeConfig, compute_features, evaluate_judge, judge_decoding
 from autojudge_hf.candidate_generator import JudgeCandidateGenerator
 from autojudge_hf.dflash import DFlashCandidateGenerator
 from autojudge_hf.model_properties import CACHE_NAME, WITH_STATES
 from autojudge_hf.prefixes import prefixes_of
+from autojudge_hf.rows import Rows
 from autojudge_hf.state_copies import StateCopies
 
 
@@ -224,7 +228,7 @@ def test_without_a_judge(qwen):
 
 
 @pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2"])
-@pytest.mark.parametrize("where", ["call", "config", "model"])
+@pytest.mark.parametrize("where", ["call", "config", "model", "model, beside a config"])
 def test_prompt_lookup(family, where, top_k):
     """Whoever asks for it: `generate` refuses it to models that it calls stateful."""
     model, prompt = hybrid(family), PROMPT.repeat(1, 3)
@@ -236,6 +240,7 @@ def test_prompt_lookup(family, where, top_k):
         options["generation_config"] = GenerationConfig(prompt_lookup_num_tokens=3)
     else:
         model.generation_config.prompt_lookup_num_tokens = 3
+        options |= {"generation_config": GenerationConfig(use_mtp=False)} if "beside" in where else {}
     output = model.generate(prompt, judge=top_k, **options)
     assert torch.equal(output.sequences, expected)
     assert output.num_matches > 0
@@ -280,7 +285,7 @@ def test_sampling_draws_from_the_target(qwen, top_k):
     assert reference.chi_square_p(drawn, p_first @ p_second) > reference.NOT_CHANCE
 
 
-@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2"])
+@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2", "falcon_h1", "lara_mini"], indirect=True)
 @pytest.mark.parametrize("judge_threshold", [0.0, 0.8])
 def test_a_cache_can_be_gone_on_with(family, top_k, judge_threshold):
     """By us, and by `generate` itself; it holds the whole text but the newest token, or less."""
@@ -292,6 +297,7 @@ def test_a_cache_can_be_gone_on_with(family, top_k, judge_threshold):
     expected = model.generate(text, do_sample=False, max_new_tokens=20)
     cache = first[CACHE_NAME]
     assert type(cache) is DynamicCache and PROMPT.shape[1] <= cache.get_seq_length() < first.sequences.shape[1]
+    assert set(vars(cache)) == set(vars(DynamicCache(config=model.config)))
     options["judge_threshold"] = 0.0
     second = model.generate(text, **{CACHE_NAME: cache}, **options)
     assert torch.equal(second.sequences, expected)
@@ -349,18 +355,81 @@ def test_a_call_that_is_broken_off_while_it_copies(family, name, top_k, monkeypa
 
 
 @pytest.mark.parametrize("drafter", ["assistant", "prompt"])
-def test_a_cache_that_stock_assisted_generation_returned(drafter, top_k):
-    """Its convolutions hold more than they need."""
+@pytest.mark.parametrize("prompt", [PROMPT.repeat(1, 2), PROMPT[:, :1]])
+def test_a_cache_that_stock_assisted_generation_returned(drafter, prompt, top_k):
+    """Its convolutions hold more than they need, or less."""
     model = hybrid("lfm2")
     assistant = similar_model(model)
     options = {"prompt_lookup_num_tokens": 3} if drafter == "prompt" else {"assistant_model": assistant}
-    first = model.generate(
-        PROMPT.repeat(1, 2), do_sample=False, max_new_tokens=20, return_dict_in_generate=True, **options
-    )
+    options["max_new_tokens"] = 20 if prompt.shape[1] > 1 else 1
+    first = model.generate(prompt, do_sample=False, return_dict_in_generate=True, **options)
     text = torch.cat([first.sequences, PROMPT], dim=1)
     expected = model.generate(text, do_sample=False, max_new_tokens=100)
     cache = {CACHE_NAME: first[CACHE_NAME]}
     assert torch.equal(model.generate(text, assistant_model=assistant, judge=top_k, **cache, **LOSSLESS), expected)
+
+
+def test_a_call_that_is_broken_off_within_a_copy(qwen, top_k, monkeypatch):
+    """Some states are the newer ones then."""
+    model, assistant = qwen
+    options = {"assistant_model": assistant, "judge": top_k, **LOSSLESS, "max_new_tokens": 40}
+    text = model.generate(PROMPT, do_sample=False, max_new_tokens=45)
+    expected = model.generate(text, do_sample=False, max_new_tokens=20)
+    states = StateCopies._states
+    for last in range(1, 8):
+        points = iter([False] * last + [True])
+
+        def broken(self, points=points):
+            for n, of_layer in enumerate(states(self)):
+                if n == 1 and next(points, False):
+                    raise GoneError
+                yield of_layer
+
+        cache = DynamicCache(config=model.config)
+        with monkeypatch.context() as patch, pytest.raises(GoneError):
+            patch.setattr(StateCopies, "_states", broken)
+            model.generate(PROMPT, **{CACHE_NAME: cache}, **options)
+        got = model.generate(text, do_sample=False, max_new_tokens=20, **{CACHE_NAME: cache})
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("judge_threshold", [0.0, 0.9])
+def test_a_cache_never_holds_what_was_not_committed(qwen, top_k, judge_threshold, monkeypatch):
+    """Broken off right behind a whole draft, when the copies are of more than the text."""
+    model, assistant = qwen
+    options = {**LOSSLESS, "assistant_model": assistant, "judge": top_k, "judge_threshold": judge_threshold}
+    for last in range(1, 6):
+        cache, heard = DynamicCache(config=model.config), Listener(leaves_at=100)
+        with monkeypatch.context() as patch, pytest.raises(GoneError):
+            patch.setattr(Rows, "commit", broken_at(last, Rows.commit))
+            model.generate(PROMPT, streamer=heard, **{CACHE_NAME: cache}, **options)
+        committed = PROMPT.shape[1] + len(heard.heard)
+        assert cache.get_seq_length() < committed
+        assert cache.get_seq_length() == 0 or last > 1
+
+
+def test_caches_are_freed_at_once(qwen, top_k):
+    """They hold a model's largest tensors but weights: nobody should have to wait for Python's collector."""
+    model, assistant = qwen
+    alive, rewindable = [], autojudge_hf.caches.make_rewindable
+
+    def make_rewindable(cache):
+        alive.append(weakref.ref(cache))
+        rewindable(cache)
+
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(autojudge_hf.caches, "make_rewindable", make_rewindable)
+            patch.setattr(autojudge_hf.generation, "make_rewindable", make_rewindable)
+            model.generate(PROMPT, assistant_model=assistant, judge=top_k, **LOSSLESS)
+            prefixes = prefixes_of(model)
+            for length in range(20, 30):
+                prefixes.run({0: draw(length)}, num_last=2)
+        assert len(alive) >= 12 and sum(cache() is not None for cache in alive) <= 1
+    finally:
+        gc.enable()
 
 
 def test_a_call_that_fails_at_once_leaves_nothing(qwen, top_k):
@@ -396,6 +465,7 @@ def test_judges_are_measured(tokenizer, top_k):
     [
         ({"input_ids": PROMPT.repeat(2, 1)}, "several prompts, or padding, for a model that keeps a state"),
         ({"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1, 1]])}, "several prompts, or padding, for a model that"),
+        ({CACHE_NAME: DynamicCache()}, "a cache without the states that the model keeps"),
         ({"assistant_model": None, "assistant_early_exit": 1}, "`assistant_early_exit` for a model that keeps a"),
     ],
 )

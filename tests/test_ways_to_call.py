@@ -187,6 +187,37 @@ class Listener:
         pass
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("more", [{}, {"prefill_chunk_size": 2}])
+@pytest.mark.parametrize("layer", [0, -1])
+def test_a_cache_can_be_gone_on_with_where_a_forward_was_broken_off(top_k, family, more, layer):
+    """Some of its layers have read what others haven't; at the first forward, in the second turn, and later."""
+    model = random_model(family, seed=0)
+    assistant = similar_model(model)
+    options = {"assistant_model": assistant, "judge": top_k, **LOSSLESS, **more}
+    model.generation_config.pad_token_id = None  # some of the text's tokens are such
+    plain = {"do_sample": False, "max_new_tokens": 12}
+    text = model.generate(PROMPT, do_sample=False, max_new_tokens=30)
+    expected, lengths = model.generate(text, **plain), set()
+    for number, num_known in itertools.product(range(1, 9), (0, 5)):
+        for going_on in ({}, options):
+            cache, forwards = DynamicCache(config=model.config), itertools.count(1)
+            if num_known:
+                model(text[:, :num_known], **{CACHE_NAME: cache})
+
+            def fail(*_, forwards=forwards, number=number):
+                if next(forwards) == number:
+                    raise GoneError
+
+            hook = model.model.layers[layer].register_forward_hook(fail)
+            with pytest.raises(GoneError):
+                model.generate(PROMPT, max_new_tokens=30, **{CACHE_NAME: cache}, **options)
+            hook.remove()
+            lengths.add(cache.get_seq_length())
+            assert torch.equal(model.generate(text, **{CACHE_NAME: cache, **plain, **going_on}), expected)
+    assert len(lengths) > 3
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @pytest.mark.parametrize("leaves_at", [2, 3, 4, 6])
 def test_a_cache_can_be_gone_on_with_where_a_call_was_broken_off(top_k, family, leaves_at):
