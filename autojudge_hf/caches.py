@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -121,6 +122,17 @@ def keep(cache: Cache) -> None:
         copies.keep(num_cached(cache))
 
 
+@contextlib.contextmanager
+def reading(cache: Cache) -> Iterator[None]:
+    """Around a forward: if it is broken off, some layers have read what others haven't."""
+    if (copies := _copies(cache)) is None:
+        yield
+        return
+    copies.are_equal = False
+    yield
+    copies.are_equal = True
+
+
 def go_back(cache: DynamicCache) -> None:
     """Takes back what came since all was there to stay for the last time."""
     copies = _copies(cache)
@@ -147,21 +159,22 @@ def leave_behind(cache: DynamicCache, length: int) -> None:
 
     It holds more where a call was broken off, in some of its layers if that was in a forward.
     """
-    copies, filled = _copies(cache), filled_layers(cache)
+    copies = _copies(cache)
+    kept = copies.length or 0  # or broken off while states were copied
+    is_ahead = kept > length  # broken off between taking tokens back and committing them
     if copies.layers:
-        if copies.length is None or copies.length > length:  # broken off while states were copied, or right behind
-            copies.length = 0
+        copies.length = 0 if is_ahead else kept
         go_back(cache)
         copies.leave()
+    elif is_ahead and any(isinstance(layer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        _cut_off(cache, 0)  # these have forgotten what is needed to go back
     else:
-        # Layers that hold nothing weren't reached yet, or never are.
-        read = [layer.get_seq_length() for layer in filled]
-        read += [copies.length] if len(filled) < len(cache.layers) else []
-        _cut_off(cache, min([length, *read]))
-    for layer in filled:
-        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+        _cut_off(cache, min(length, num_cached(cache) if copies.are_equal else kept))
+    for layer in cache.layers:
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.record_past = False  # or it would forget nothing from now on
+    for layer in filled_layers(cache):
+        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
     del cache._state_copies
 
 
@@ -173,6 +186,7 @@ def use_up(cache: DynamicCache) -> None:
         layer.keys = layer.values = None
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.record_past = False
+    del cache._state_copies
 
 
 def shrink(cache: Cache, rows: Sequence[int], num_columns: int) -> None:

@@ -18,7 +18,7 @@ from .early_exit import first_layers
 from .generation import judge_decoding
 from .measuring import measure_decoding
 from .other_tokenizer import is_other_tokenizer
-from .supported import DRAFTERS, check_has_heads
+from .supported import DRAFTERS, check_drafters
 from .tasks.task import Task, checked_examples
 
 
@@ -89,8 +89,7 @@ def rows_one_by_one(
         settings["top_k"] = 50  # `generate`'s default: it warns of any other without sampling
     drafters = {name: getattr(model.generation_config, name) for name in DRAFTERS}
     config = GenerationConfig(**settings, **drafters)
-    if config.use_mtp:
-        check_has_heads(model)
+    check_drafters(model, assistant_model, config)
     checked_draft_length(num_assistant_tokens, model, assistant_model, config)
     drafter = assistant_model
     if config.assistant_early_exit is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .caches import rewind
+from .caches import reading, rewind
 from .fixed_cache import FixedCache
 from .model_properties import CACHE_NAME, CHOOSES_HIDDEN_STATES, forward_parameters
 
@@ -64,7 +64,7 @@ def cached_forward(
         captures = bool(captures)
     if head is not None and not head.are_captured:
         head.listen()
-    with torch.inference_mode():
+    with torch.inference_mode(), reading(cache):
         inputs = _model_inputs(model, tokens, cache, num_logits)
         if attention_mask is not None:
             inputs["attention_mask"] = attention_mask

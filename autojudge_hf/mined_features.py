@@ -17,8 +17,9 @@ from .configuration import JudgeConfig, public_name
 from .features import judge_inputs
 from .forward import Pass
 from .mined_rows import pair_of
-from .model_properties import drafts_from_target, hidden_size, input_device, keeps_states, of_vocabulary
+from .model_properties import hidden_size, input_device, keeps_states, of_vocabulary
 from .prefixes import prefixes_of
+from .supported import check_reads_text
 
 
 if TYPE_CHECKING:
@@ -130,15 +131,6 @@ def _last_two_positions(model: PreTrainedModel, rows: list[dict[str, Any]]) -> l
             found[n] = Pass(logits, states, None)
             prefixes.forget(n)
     return [found[n] for n in range(len(texts))]
-
-
-def check_reads_text(assistant_model: PreTrainedModel | None) -> None:
-    """Raises a `ValueError` for an assistant that has no features of its own."""
-    if assistant_model is None or drafts_from_target(assistant_model):
-        raise ValueError(
-            f"Features of the assistant need one that reads the text, got {type(assistant_model).__name__}. Pass such "
-            "an `assistant_model`, or leave `assistant_states` and `assistant_logit_features` out."
-        )
 
 
 def select_features(dataset: datasets.Dataset, **layout: Any) -> datasets.Dataset:

@@ -22,22 +22,25 @@ from .checks import checked_draft_length
 from .configuration import GREEDY_SETTINGS, public_name
 from .early_exit import first_layers
 from .mined_examples import FinishedExample, MinedExamples
-from .mined_features import FEATURES_DTYPES, check_reads_text, described, described_layout, feature_layout
+from .mined_features import FEATURES_DTYPES, described, described_layout, feature_layout
 from .model_properties import (
     drafts_from_target,
     eos_token_ids,
     max_positions,
     reads_targets_cache,
     reads_targets_layers,
+    unwrapped,
 )
+from .mtp import heads_of
 from .search import SemiGreedySearch
 from .supported import (
     DRAFTERS,
-    check_has_heads,
+    check_drafters,
     check_is_model,
     check_models,
     check_one_vocabulary,
     check_reads_layers,
+    check_reads_text,
 )
 from .tasks.task import Task, checked_examples, name_of, prompt_ids
 
@@ -130,13 +133,16 @@ def mine_mismatches(
     _check_arguments(max_new_tokens, batch_size, features_dtype, seed, temperature)
     temperature = float(temperature)  # as it is compared and written down
     examples = checked_examples(dataset, task)
-    if assistant_model is not None:
+    if assistant_model is None:
+        drafters = GenerationConfig(**{name: getattr(model.generation_config, name) for name in DRAFTERS})
+        check_drafters(model, None, drafters)
+        if drafters.assistant_early_exit is not None:
+            assistant_model = first_layers(model, drafters.assistant_early_exit)
+    else:
         check_is_model(assistant_model)
-    own = {} if assistant_model is not None else {name: getattr(model.generation_config, name) for name in DRAFTERS}
-    if own.get("assistant_early_exit") is not None:
-        assistant_model = first_layers(model, own["assistant_early_exit"])
+        drafters = GenerationConfig()
     _check_drafter(model, assistant_model, assistant_states or assistant_logit_features)
-    draft_length = checked_draft_length(num_assistant_tokens, model, assistant_model, GenerationConfig(**own))
+    draft_length = checked_draft_length(num_assistant_tokens, model, assistant_model, drafters)
     if isinstance(draft_length, str):
         raise ValueError(f"`num_assistant_tokens` of mining must be an int of at least 1, got {draft_length!r}.")
     reads_states = assistant_model is None or drafts_from_target(assistant_model)
@@ -161,7 +167,7 @@ def mine_mismatches(
         "seed": seed if sampling else None,
         "eos_token_ids": sorted(eos_token_ids(model)),
         "target_weights": _fingerprint(model),
-        "assistant_weights": _fingerprint(assistant_model or model),
+        "assistant_weights": _fingerprint(assistant_model or heads_of(unwrapped(model))),
     }
     if reads_states:
         identity["num_assistant_tokens"] = draft_length
@@ -235,7 +241,6 @@ def _check_drafter(model: PreTrainedModel, assistant_model: PreTrainedModel | No
                 "Mining needs a model to ask: expected an `assistant_model`, or `use_mtp=True` or "
                 "`assistant_early_exit=<layers>` in the target's generation config, got None of them."
             )
-        check_has_heads(model)
     else:
         check_models(model, assistant_model)
         if reads_targets_cache(assistant_model):

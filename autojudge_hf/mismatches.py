@@ -207,12 +207,13 @@ class StateReader:
         """Begins the next draft at the search's position."""
         committed, limit = s.sequence[: s.position], len(s.prompt) + self.max_new_tokens - s.position - 1
         drafter, num_new = draft.drafter, len(committed) - 1 - draft.num_read
-        layers = self.target.run({s.example_id: committed[:-1]}, num_new, output_layers=drafter.target_layers)
+        outputs = self.target.run({s.example_id: committed[:-1]}, num_new, output_layers=drafter.target_layers)
         # Behind them it expects those of the candidates that weren't committed, to drop them.
         rejected = (0, 0, 0, max(0, len(draft.candidates) + 1 - num_new))
-        layers = [None if x is None else x[:, -num_new:] for x in layers.hidden_states]
-        layers = [None if x is None else torch.nn.functional.pad(x, rejected) for x in layers]
-        drafter.rewind([num_new], None, layers)
+        states = [
+            x if x is None else torch.nn.functional.pad(x[:, -num_new:], rejected) for x in outputs.hidden_states
+        ]
+        drafter.rewind([num_new], None, states)
         input_ids = torch.tensor([committed], device=input_device(self.model))
 
         def process(candidate_ids: torch.LongTensor, logits: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,7 @@ class MTPCandidateGenerator(Drafter):
     """
 
     def __init__(self, target_model: PreTrainedModel, *, do_sample: bool, output_logits: bool):
-        self.heads = _heads_of(unwrapped(target_model))
+        self.heads = heads_of(unwrapped(target_model))
         self.do_sample, self.output_logits = do_sample, output_logits or do_sample
         self.target_layers = [target_model.config.get_text_config(decoder=True).num_hidden_layers]
         #: For each row, the target's states before the newest token: those of positions that the heads' cache lacks,
@@ -121,7 +121,7 @@ class MTPCandidateGenerator(Drafter):
         self._states, self._caches = ([of_rows[j] for j in rows] for of_rows in (self._states, self._caches))
 
 
-def _heads_of(model: PreTrainedModel) -> MtpModel:
+def heads_of(model: PreTrainedModel) -> MtpModel:
     """Of its checkpoint, where the model's last layer is, and in its dtype."""
     from transformers.modeling_layers import MtpModel  # takes longer than all of this library
 

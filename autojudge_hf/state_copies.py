@@ -18,6 +18,7 @@ class StateCopies:
     Attributes:
         layers (`list[LinearAttentionLayer]`): those with a state; most models have none.
         length (`int`, *optional*): how many tokens are there to stay; `None` while the states are copied.
+        are_equal (`bool`): whether all layers of the cache have read as many tokens.
     """
 
     length: int | None
@@ -33,6 +34,7 @@ class StateCopies:
                     size = layer.conv_kernel_size[i]
                     states = torch.nn.functional.pad(states, (max(0, size - states.shape[-1]), 0))
                     layer.conv_states[i] = states[..., -size:]
+        self.are_equal = True
         self._copies: dict[tuple[int, str, int], torch.Tensor] = {}
         self.keep(cache.get_seq_length() if cache.layers else 0)
 

@@ -17,6 +17,7 @@ from .checks import warn_once
 from .forward import positions_of
 from .model_properties import (
     CACHE_NAME,
+    drafts_from_target,
     goes_on_from_states,
     hidden_size,
     keeps_states,
@@ -89,9 +90,6 @@ def check_supported(
     known |= {"output_hidden_states", "output_attentions"}  # also in the config, which is what counts
     other = sorted(k for k, v in model_kwargs.items() if k not in known and not _says_nothing(k, v, model))
     config = generation_config
-    drafters = {name: getattr(config, name) for name in DRAFTERS}
-    drafters |= {"assistant_model": assistant_model, "use_mtp": config.use_mtp or None}
-    given = sorted(name for name, value in drafters.items() if value is not None)
     told = _told_by_peft(model)
     shares_cache = assistant_model is not None and reads_targets_cache(assistant_model)
     reads_layers = assistant_model is not None and reads_targets_layers(assistant_model)
@@ -114,8 +112,6 @@ def check_supported(
         "activated LoRA (aLoRA), which goes by the number of tokens of a forward": "alora_offsets" in told,
         "several prompts, or padding, for a model that keeps a state": bool(with_states)
         and (len(input_ids) > 1 or (mask is not None and not mask.all())),
-        "`assistant_early_exit` for a model that keeps a state": model in with_states
-        and config.assistant_early_exit is not None,
         "an `assistant_tokenizer` for an assistant that keeps a state": has_other_tokenizer
         and assistant_model in with_states,
         "streamers with several prompts": len(input_ids) > 1 and streamer is not None,
@@ -142,8 +138,8 @@ def check_supported(
         ),
         f"`speculation_type={config.speculation_type!r}` with this assistant": config.speculation_type is not None
         and not (config.speculation_type == "dflash" and reads_layers),
-        f"two drafters at once ({', '.join(given)})": len(given) > 1,
         f"the model inputs {other}": bool(other),
+        **_reasons_of_drafters(model, assistant_model, config),
     }
     for name, (off, reason) in REFUSED_SETTINGS.items():
         reasons[reason] = getattr(config, name, None) not in (None, off)
@@ -152,8 +148,6 @@ def check_supported(
         _check_shares_cache(model, assistant_model)
     if reads_layers:
         check_reads_layers(model, assistant_model)
-    if config.use_mtp:
-        check_has_heads(model)
     if assistant_model is not None and not has_other_tokenizer and not reads_layers:
         check_one_vocabulary(model, assistant_model)
     if config.compile_config is not None and not is_static:
@@ -228,9 +222,35 @@ def check_reads_layers(model: PreTrainedModel, assistant_model: PreTrainedModel)
     )
 
 
-def check_has_heads(model: PreTrainedModel) -> None:
-    """Raises a `ValueError` for a target that has no heads for tokens further on (`use_mtp`)."""
-    _refuse({f"`use_mtp` for {type(model).__name__}, whose config has no `num_mtp_layers`": not num_mtp_layers(model)})
+def check_drafters(
+    model: PreTrainedModel, assistant_model: PreTrainedModel | None, generation_config: GenerationConfig
+) -> None:
+    """Raises a `ValueError` for several drafters at once, and for a target that can't be its own."""
+    _refuse(_reasons_of_drafters(model, assistant_model, generation_config))
+
+
+def check_reads_text(assistant_model: PreTrainedModel | None) -> None:
+    """Raises a `ValueError` for an assistant that has no features of its own."""
+    if assistant_model is None or drafts_from_target(assistant_model):
+        raise ValueError(
+            f"Features of the assistant need one that reads the text, got {type(assistant_model).__name__}. Pass such "
+            "an `assistant_model`, or leave `assistant_states` and `assistant_logit_features` out."
+        )
+
+
+def _reasons_of_drafters(
+    model: PreTrainedModel, assistant_model: PreTrainedModel | None, config: GenerationConfig
+) -> dict[str, bool]:
+    drafters = {name: getattr(config, name) for name in DRAFTERS}
+    drafters |= {"assistant_model": assistant_model, "use_mtp": config.use_mtp or None}
+    given = sorted(name for name, value in drafters.items() if value is not None)
+    return {
+        f"two drafters at once ({', '.join(given)})": len(given) > 1,
+        "`assistant_early_exit` for a model that keeps a state": config.assistant_early_exit is not None
+        and keeps_states(model),
+        f"`use_mtp` for {type(model).__name__}, whose config has no `num_mtp_layers`": bool(config.use_mtp)
+        and not num_mtp_layers(model),
+    }
 
 
 def _reasons_of_models(models: Sequence[PreTrainedModel]) -> dict[str, bool]:

@@ -5,6 +5,7 @@ import copy
 import functools
 import gc
 import json
+import shutil
 import threading
 import time
 import weakref
@@ -27,7 +28,7 @@ from drafter_oracles import (
 from safetensors.torch import load_file, save_file
 from test_evaluation import EvenLength
 from test_hybrids import FAMILIES as hybrid_families
-from test_mining import mine_random
+from test_mining import assert_same, mine_random
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -320,6 +321,25 @@ def test_mining_asks_as_decoding_does(family, num_assistant_tokens):
     check_mining((model, None), draft, length, num_assistant_tokens=num_assistant_tokens)
 
 
+@runs
+@pytest.mark.parametrize("family", ["glm"], indirect=True)
+def test_a_mined_folder_is_of_these_heads(family, tmp_path, monkeypatch):
+    model, (folder, *_) = load(family), family
+    model.generation_config.use_mtp = True
+    mined = mine_random((model, None), MINED[:1], output_dir=tmp_path / "mined")
+    again = load(family)
+    again.generation_config.use_mtp = True
+    assert_same(mine_random((again, None), MINED[:1], output_dir=tmp_path / "mined"), mined)
+    weights = load_file(folder / "model.safetensors")
+    weights = {name: x + 0.1 if "eh_proj" in name else x for name, x in weights.items()}
+    other = shutil.copytree(folder, tmp_path / "other")
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    other = load((other, *family[1:]))
+    other.generation_config.use_mtp = True
+    with pytest.raises(ValueError, match="assistant_weights"):
+        mine_random((other, None), MINED[:1], output_dir=tmp_path / "mined")
+
+
 def test_mining_without_heads_is_refused(tmp_path):
     model = random_llama()
     for name, message in (
@@ -330,6 +350,9 @@ def test_mining_without_heads_is_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             mine_random((model, None), MINED, output_dir=tmp_path / "mined")
         setattr(model.generation_config, name, None)
+    model.generation_config.update(use_mtp=True, assistant_early_exit=1)
+    with pytest.raises(ValueError, match="two drafters at once \\(assistant_early_exit, use_mtp\\)"):
+        mine_random((model, None), MINED, output_dir=tmp_path / "mined")
     assert not (tmp_path / "mined").exists()
 
 

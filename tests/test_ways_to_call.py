@@ -46,6 +46,7 @@ from autojudge_hf.head_inputs import head_reads_last_states
 from autojudge_hf.model_properties import CACHE_NAME, is_compiled
 from autojudge_hf.outputs import COUNTS
 from autojudge_hf.prefixes import Prefixes
+from autojudge_hf.rows import Rows
 from autojudge_hf.tasks import GSM8K
 
 
@@ -190,7 +191,8 @@ class Listener:
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("more", [{}, {"prefill_chunk_size": 2}])
 @pytest.mark.parametrize("layer", [0, -1])
-def test_a_cache_can_be_gone_on_with_where_a_forward_was_broken_off(top_k, family, more, layer):
+@pytest.mark.parametrize("is_lazy", [False, True])
+def test_a_cache_can_be_gone_on_with_where_a_forward_was_broken_off(top_k, family, more, layer, is_lazy):
     """Some of its layers have read what others haven't; at the first forward, in the second turn, and later."""
     model = random_model(family, seed=0)
     assistant = similar_model(model)
@@ -201,7 +203,8 @@ def test_a_cache_can_be_gone_on_with_where_a_forward_was_broken_off(top_k, famil
     expected, lengths = model.generate(text, **plain), set()
     for number, num_known in itertools.product(range(1, 9), (0, 5)):
         for going_on in ({}, options):
-            cache, forwards = DynamicCache(config=model.config), itertools.count(1)
+            cache = DynamicCache() if is_lazy else DynamicCache(config=model.config)
+            forwards = itertools.count(1)
             if num_known:
                 model(text[:, :num_known], **{CACHE_NAME: cache})
 
@@ -216,6 +219,38 @@ def test_a_cache_can_be_gone_on_with_where_a_forward_was_broken_off(top_k, famil
             lengths.add(cache.get_seq_length())
             assert torch.equal(model.generate(text, **{CACHE_NAME: cache, **plain, **going_on}), expected)
     assert len(lengths) > 3
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_cache_can_be_gone_on_with_where_a_commit_was_broken_off(top_k, family, monkeypatch):
+    """Between taking tokens back and committing them: a sliding window has forgotten what it then lacks."""
+    model = random_model(family, seed=0)
+    model.generation_config.pad_token_id = None
+    options = {"assistant_model": similar_model(model), "judge": top_k, **LOSSLESS}
+    plain, commit = {"do_sample": False, "max_new_tokens": 12}, Rows.commit
+    text = model.generate(PROMPT, do_sample=False, max_new_tokens=30)
+    expected = model.generate(text, **plain)
+    for last, going_on in itertools.product(range(1, 8), ({}, options)):
+        cache, commits = DynamicCache(config=model.config), itertools.count(1)
+
+        def fail(*args, commits=commits, last=last):
+            if next(commits) == last:
+                raise GoneError
+            return commit(*args)
+
+        with monkeypatch.context() as patch, pytest.raises(GoneError):
+            patch.setattr(Rows, "commit", fail)
+            model.generate(PROMPT, max_new_tokens=30, **{CACHE_NAME: cache}, **options)
+        assert "_state_copies" not in vars(cache)
+        assert torch.equal(model.generate(text, **{CACHE_NAME: cache, **plain, **going_on}), expected)
+
+
+def test_a_batchs_cache_has_nothing_of_ours(random_pair, top_k):
+    model, assistant = random_pair
+    cache = DynamicCache(config=model.config)
+    options = {"assistant_model": assistant, "judge": top_k, "max_new_tokens": 5, "do_sample": False}
+    model.generate(**left_padded([[3, 4], [5]]), **{CACHE_NAME: cache}, **options)
+    assert cache.get_seq_length() == 0 and "_state_copies" not in vars(cache)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
