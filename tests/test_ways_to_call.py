@@ -226,7 +226,7 @@ def test_a_cache_can_be_gone_on_with_where_a_commit_was_broken_off(top_k, family
     """Between taking tokens back and committing them: a sliding window has forgotten what it then lacks."""
     model = random_model(family, seed=0)
     model.generation_config.pad_token_id = None
-    options = {"assistant_model": similar_model(model), "judge": top_k, **LOSSLESS}
+    options = {"assistant_model": similar_model(model), "judge": top_k, "num_assistant_tokens": 3, **LOSSLESS}
     plain, commit = {"do_sample": False, "max_new_tokens": 12}, Rows.commit
     text = model.generate(PROMPT, do_sample=False, max_new_tokens=30)
     expected = model.generate(text, **plain)
