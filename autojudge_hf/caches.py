@@ -112,7 +112,8 @@ def rewind(cache: Cache, removed: Sequence[int]) -> None:
     if isinstance(cache, FixedCache):
         cache.length -= least
         return
-    _cut_off(cache, num_cached(cache) - least)
+    for layer in filled_layers(cache):
+        layer.crop(-least)
     keep(cache)
 
 

@@ -80,7 +80,7 @@ def mine_mismatches(
     token stays. Only positions to the right of the last decision are looked at again.
 
     An assistant that reads the text is asked at every position. One that drafts from the target's states (DFlash), and
-    the target's own heads, are asked as in decoding, draft by draft: a draft goes on behind a harmless mismatch, and
+    the target's own heads, are asked draft by draft, as in decoding: a draft goes on behind a harmless mismatch, and
     behind an important one the next begins.
 
     Both models decode greedily, or sample at `temperature`, whatever their generation configs say; EOS ids are the

@@ -481,7 +481,7 @@ def test_what_is_refused(qwen, top_k, more, message):
     hook.remove()
 
 
-MINED = EXAMPLES[:3]
+MINED = EXAMPLES[:2]
 
 
 def test_early_exit_is_not_mined_either(tmp_path):
@@ -508,7 +508,7 @@ def assert_algorithm_1(pair, assert_features=True, **options):
     return mined
 
 
-@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2", "nemotron_h", "falcon_h1"])
+@pytest.mark.parametrize("family", ["qwen3_5_text", "falcon_h1"])
 def test_algorithm_1(family):
     """With an assistant that keeps a state, too; features are those of a pass over the whole text."""
     model = hybrid(family)

@@ -312,7 +312,7 @@ def test_sampling_draws_from_the_target(pair, top_k):
 
 
 @runs
-@pytest.mark.parametrize("num_assistant_tokens", [None, 4])
+@pytest.mark.parametrize(("family", "num_assistant_tokens"), [("glm", 4), ("mellum", None)], indirect=["family"])
 def test_mining_asks_as_decoding_does(family, num_assistant_tokens):
     *_, num_heads = family
     model, length = load(family), num_assistant_tokens or num_heads

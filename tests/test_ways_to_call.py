@@ -189,10 +189,9 @@ class Listener:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-@pytest.mark.parametrize("more", [{}, {"prefill_chunk_size": 2}])
+@pytest.mark.parametrize(("more", "is_lazy"), [({}, False), ({"prefill_chunk_size": 2}, False), ({}, True)])
 @pytest.mark.parametrize("layer", [0, -1])
-@pytest.mark.parametrize("is_lazy", [False, True])
-def test_a_cache_can_be_gone_on_with_where_a_forward_was_broken_off(top_k, family, more, layer, is_lazy):
+def test_a_cache_can_be_gone_on_with_where_a_forward_was_broken_off(top_k, family, more, is_lazy, layer):
     """Some of its layers have read what others haven't; at the first forward, in the second turn, and later."""
     model = random_model(family, seed=0)
     assistant = similar_model(model)
@@ -201,7 +200,7 @@ def test_a_cache_can_be_gone_on_with_where_a_forward_was_broken_off(top_k, famil
     plain = {"do_sample": False, "max_new_tokens": 12}
     text = model.generate(PROMPT, do_sample=False, max_new_tokens=30)
     expected, lengths = model.generate(text, **plain), set()
-    for number, num_known in itertools.product(range(1, 9), (0, 5)):
+    for number, num_known in itertools.product((1, 2, 4, 7), (0, 5)):
         for going_on in ({}, options):
             cache = DynamicCache() if is_lazy else DynamicCache(config=model.config)
             forwards = itertools.count(1)
@@ -218,7 +217,7 @@ def test_a_cache_can_be_gone_on_with_where_a_forward_was_broken_off(top_k, famil
             hook.remove()
             lengths.add(cache.get_seq_length())
             assert torch.equal(model.generate(text, **{CACHE_NAME: cache, **plain, **going_on}), expected)
-    assert len(lengths) > 3
+    assert len(lengths) > 2
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
@@ -230,7 +229,7 @@ def test_a_cache_can_be_gone_on_with_where_a_commit_was_broken_off(top_k, family
     plain, commit = {"do_sample": False, "max_new_tokens": 12}, Rows.commit
     text = model.generate(PROMPT, do_sample=False, max_new_tokens=30)
     expected = model.generate(text, **plain)
-    for last, going_on in itertools.product(range(1, 8), ({}, options)):
+    for last, going_on in itertools.product(range(1, 6), ({}, options)):
         cache, commits = DynamicCache(config=model.config), itertools.count(1)
 
         def fail(*args, commits=commits, last=last):
